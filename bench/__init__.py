@@ -1,0 +1,1 @@
+"""Benchmarks, experiments and the methods to compare with."""

@@ -1,0 +1,82 @@
+"""What "auto" means: the settings that follow from the kind of data, in one place."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from .likelihoods import Gaussian, Likelihood
+from .observations import ColumnStatistics
+
+IMAGE_COLUMNS = 256  # columns from which data in [0, 1] count as images
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """One value for every argument that may be "auto"."""
+
+    latent_dim: int
+    hidden: tuple[int, ...]
+    linear_path: bool
+    scale: float | str
+    standardize: bool
+    lr: float
+    schedule: str
+    batch_size: int
+    epochs: int
+
+
+TABLE = Settings(
+    latent_dim=16,
+    hidden=(128,),
+    linear_path=True,
+    scale="learned",
+    standardize=True,
+    lr=1e-2,
+    schedule="cosine",
+    batch_size=64,
+    epochs=300,
+)
+IMAGE = Settings(
+    latent_dim=64,
+    hidden=(256,),
+    linear_path=True,
+    scale="learned",
+    standardize=False,
+    lr=3e-3,
+    schedule="cosine",
+    batch_size=256,
+    epochs=150,
+)
+
+# the published experiments; the scale is not published: variance 0.02 (docs/math.md)
+PAPER: dict[str, Any] = dict(
+    latent_dim=64,
+    hidden=(64, 64),
+    linear_path=False,
+    groups=(25, 50, 100),
+    active=0.5,
+    kl_weight=1.0,
+    standardize=False,
+    lr=1e-3,
+    schedule="constant",
+    batch_size=256,
+    epochs=250,
+    optimizer_mode="dense",
+)
+PAPER_SCALE = 0.02**0.5
+
+
+def settings_for(dtype: np.dtype, statistics: ColumnStatistics) -> Settings:
+    """IMAGE for uint8, or for many columns that all lie in [0, 1]; else TABLE."""
+    seen = statistics.count > 0
+    in_unit_interval = bool((statistics.low[seen] >= 0).all() and (statistics.high[seen] <= 1).all())
+    if dtype == np.uint8 or in_unit_interval and len(seen) >= IMAGE_COLUMNS:
+        return IMAGE
+    return TABLE
+
+
+def likelihood_for(settings: Settings) -> Likelihood:
+    return Gaussian(settings.scale)

@@ -1,0 +1,57 @@
+"""Which implementation runs: "triton" kernels for GPU tensors, "torch" anywhere."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextvars import ContextVar
+
+import torch
+
+CHOICES = ("auto", "torch", "triton")
+KERNELS = frozenset({"philox_normal"})  # ideas that have a file in kernels/
+
+
+def _checked(name: str) -> str:
+    if name not in CHOICES:
+        raise ValueError(f"backend must be one of {', '.join(CHOICES)}; got {name!r}")
+    if name == "triton" and importlib.util.find_spec("triton") is None:
+        raise ImportError("backend 'triton' needs the triton package: pip install 'rvi_fast[triton]'")
+    return name
+
+
+_default: str | None = None  # None: the environment decides, read when first needed
+_scoped: ContextVar[str | None] = ContextVar("rvi_fast_backend", default=None)
+
+
+def get_backend() -> str:
+    """The backend in force: "auto", "torch" or "triton"."""
+    return _scoped.get() or _default or _checked(os.environ.get("RVI_FAST_BACKEND", "auto"))
+
+
+def set_backend(name: str) -> None:
+    """Choose the backend for the whole process: "auto" (by device), "torch" or "triton"."""
+    global _default
+    _default = _checked(name)
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Choose the backend inside a with block."""
+    token = _scoped.set(_checked(name))
+    try:
+        yield
+    finally:
+        _scoped.reset(token)
+
+
+def use_triton(op: str, device: torch.device) -> bool:
+    """Whether `op` runs its Triton kernel on tensors of `device`."""
+    choice = get_backend()
+    if choice == "triton" and op not in KERNELS:
+        raise NotImplementedError(f"{op} has no Triton kernel; choose backend 'auto' or 'torch'")
+    if choice == "triton":
+        return True
+    return choice == "auto" and op in KERNELS and device.type == "cuda" and importlib.util.find_spec("triton") is not None

@@ -1,0 +1,694 @@
+"""RVI, VAD and VAE: fit, infer, impute, embed, reconstruct, score, sample, save, load."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import difflib
+import inspect
+import os
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import defaults, io, ops
+from .infer import BLOCK, PROTOCOLS, InferencePlan, Posterior, fit_new_rows, padded_block
+from .likelihoods import Gaussian, Likelihood
+from .model import Encoder, EncoderModel, LatentModel, RowModel
+from .nn import ACTIVATIONS, MeanFieldPosterior, MLPDecoder, RelayPosterior
+from .observations import ColumnStatistics, ColumnUnits, Observations
+from .optim import MODES, RowAdam
+from .train import SCHEDULES, HiddenCells, Plan, Progress, Trainer
+
+ROWS_AT_ONCE = 1024  # rows decoded together when reading results
+PATIENCE = 0.2  # early stopping waits for this share of the epochs
+
+
+class Estimator:
+    """What RVI, VAD and VAE share. Their own docstrings say what they are."""
+
+    row_wise: ClassVar[bool] = True  # every training row owns parameters
+
+    latent_dim: int | str
+    hidden: Sequence[int] | str
+    linear_path: bool | str
+    likelihood: Likelihood | str
+    kl_weight: float
+    standardize: bool | str
+    lr: float | str
+    schedule: str
+    batch_size: int | str
+    epochs: int | str
+    activation: str
+    keep_empty_columns: bool
+    seed: int
+    device: str | torch.device
+    progress: bool
+
+    def _set_arguments(self, arguments: dict[str, Any]) -> None:
+        """Store a constructor's arguments under their own names."""
+        unknown = arguments.pop("unknown")
+        if unknown:
+            raise TypeError(_unknown_argument(type(self), next(iter(unknown))))
+        for name in _argument_defaults(type(self)):
+            setattr(self, name, arguments[name])
+        self._check_arguments()
+
+    def _check_arguments(self) -> None:
+        for name in ("latent_dim", "batch_size", "epochs"):
+            value = getattr(self, name)
+            if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name} must be a positive int or 'auto'; got {value!r}")
+        for name in ("lr", "row_lr"):
+            value = getattr(self, name, "auto")
+            if value not in ("auto", None) and not (isinstance(value, (int, float)) and 0 <= value < float("inf")):
+                raise ValueError(f"{name} must be a number of at least 0; got {value!r}")
+        if not (isinstance(self.kl_weight, (int, float)) and 0 <= self.kl_weight < float("inf")):
+            raise ValueError(f"kl_weight must be a number of at least 0; got {self.kl_weight!r}")
+        if self.schedule != "auto" and self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule must be 'auto' or one of {', '.join(SCHEDULES)}; got {self.schedule!r}")
+        if isinstance(self.likelihood, str) and self.likelihood != "auto" or not isinstance(self.likelihood, (str, Likelihood)):
+            raise TypeError(f"likelihood must be 'auto' or one of rvi_fast.likelihoods, such as Gaussian(0.1); got {self.likelihood!r}")
+        if isinstance(self.hidden, str) and self.hidden != "auto":
+            raise ValueError(f"hidden must be a sequence of widths, () for none, or 'auto'; got {self.hidden!r}")
+        for name in ("linear_path", "standardize"):
+            if getattr(self, name) not in (True, False, "auto"):
+                raise ValueError(f"{name} must be True, False or 'auto'; got {getattr(self, name)!r}")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}; got {self.activation!r}")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, (int, np.integer)):
+            raise ValueError(f"seed must be an int; got {self.seed!r}")
+        try:
+            torch.device("cpu" if self.device == "auto" else self.device)
+        except (RuntimeError, TypeError):
+            raise ValueError(f"device must be 'auto' or a torch device such as 'cuda:0'; got {self.device!r}") from None
+
+    def get_params(self) -> dict[str, Any]:
+        """The constructor's arguments."""
+        return {name: getattr(self, name) for name in _argument_defaults(type(self))}
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{k}={v!r}" for k, v in self.get_params().items() if v != _argument_defaults(type(self))[k])
+        return f"{type(self).__name__}({shown})"
+
+    # fitting
+
+    def fit(
+        self,
+        X: Any,
+        mask: Any = None,
+        *,
+        val_cells: float = 0.0,
+        max_steps: int | None = None,
+        callbacks: Iterable[Callable[[Estimator, dict[str, float]], Any]] = (),
+        checkpoint_dir: str | os.PathLike | None = None,
+        checkpoint_every: int | None = None,
+        resume: bool = False,
+    ) -> Self:
+        """Train on the observed cells of X.
+
+        X: [N, D] array, tensor, memmap or DataFrame; NaN = missing. mask: bool [N, D], True = observed. val_cells: share of the
+        observed cells to hide from training; it stops early when the error on them no longer falls, and keeps the best
+        state. max_steps: an upper bound of the optimisation steps. callbacks: called as callback(self, logs) after every
+        epoch, a true result stops. checkpoint_dir: where to save all of the training state every `checkpoint_every` steps
+        (default: an epoch); resume=True goes on from there. Ctrl-C ends the fit after the step at hand and leaves the model usable.
+        """
+        if not 0 <= val_cells < 1:
+            raise ValueError(f"val_cells must be a share in [0, 1); got {val_cells}")
+        if max_steps is not None and max_steps < 1:
+            raise ValueError(f"max_steps must be at least 1 or None; got {max_steps}")
+        if (resume or checkpoint_every is not None) and checkpoint_dir is None:
+            raise ValueError("resume and checkpoint_every need checkpoint_dir, the folder of the checkpoint")
+        data = Observations(X, mask)
+        data.check()
+        statistics = ColumnStatistics.of(data)
+        if not self.keep_empty_columns and (statistics.count == 0).any():
+            column = data.column_name(int(np.argmax(statistics.count == 0)))
+            raise ValueError(f"column {column} of X has nothing observed; drop it, or set keep_empty_columns=True")
+        fitted = copy.copy(self)  # becomes self only when all is well
+        fitted._resolve(data, statistics)
+        fitted._build(len(data), statistics)
+        trainer = fitted._trainer(data, val_cells, max_steps)
+        if resume and io.has_checkpoint(checkpoint_dir):
+            io.load_training_state(checkpoint_dir, fitted, trainer)
+        self.__dict__.update(fitted.__dict__)
+        self._train(trainer, list(callbacks), checkpoint_dir, checkpoint_every)
+        return self
+
+    def _resolve(self, data: Observations, statistics: ColumnStatistics) -> None:
+        """Replace every "auto" by what the data ask for; results carry a trailing underscore."""
+        auto = defaults.settings_for(data.values.dtype, statistics)
+        for name in ("latent_dim", "hidden", "linear_path", "standardize", "lr", "schedule", "batch_size", "epochs"):
+            value = getattr(self, name)
+            setattr(self, name + "_", getattr(auto, name) if isinstance(value, str) and value == "auto" else value)
+        self.hidden_ = tuple(self.hidden_)
+        self.batch_size_ = min(self.batch_size_, len(data))
+        self.likelihood_ = defaults.likelihood_for(auto) if isinstance(self.likelihood, str) else copy.deepcopy(self.likelihood)
+        if not self.likelihood_.standardizable:
+            if self.standardize is True:
+                raise ValueError(f"standardize=True does not go with {type(self.likelihood_).__name__}, which needs X in [0, 1]")
+            self.standardize_ = False
+        self._resolve_device()
+        self.n_features_in_ = data.num_columns
+        self.feature_names_in_ = data.names
+        full_scale = 255.0 if data.values.dtype == np.uint8 else 1.0
+        self.units_ = statistics.units(self.standardize_, full_scale)
+        self.likelihood_.check_range(statistics.low / full_scale, statistics.high / full_scale)
+        self.likelihood_.bind(data.num_columns)
+
+    def _resolve_device(self) -> None:
+        auto = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device_ = torch.device(auto if self.device == "auto" else self.device)
+
+    def _decoder(self) -> MLPDecoder:
+        return MLPDecoder(
+            self.latent_dim_, self.n_features_in_, self.hidden_, linear_path=self.linear_path_, activation=self.activation
+        )
+
+    def _make_model(self, num_rows: int, statistics: ColumnStatistics) -> LatentModel:
+        raise NotImplementedError
+
+    def _build(self, num_rows: int, statistics: ColumnStatistics | None) -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            self.model_ = self._make_model(num_rows, statistics).to(self.device_)
+        self.n_rows_ = num_rows
+        self._data: Observations | None = None
+
+    def _parameter_groups(self) -> list[dict[str, Any]]:
+        return [{"params": list(self.model_.parameters()), "lr": self.lr_}]
+
+    def _trainer(self, data: Observations, val_cells: float, max_steps: int | None) -> Trainer:
+        optimizer = RowAdam(self._parameter_groups(), mode=getattr(self, "optimizer_mode", "dense"))
+        plan = Plan(
+            self.batch_size_,
+            self.epochs_,
+            max_steps,
+            self.schedule_,
+            self.seed,
+            self.device_,
+            patience=max(5, round(PATIENCE * self.epochs_)),
+        )
+        hidden = HiddenCells(data, val_cells, self.seed) if val_cells else None
+        self._data = data
+        return Trainer(self.model_, optimizer, data, self.units_, plan, hidden)
+
+    def _train(
+        self, trainer: Trainer, callbacks: list[Callable], checkpoint_dir: Any, checkpoint_every: int | None
+    ) -> None:
+        every = checkpoint_every or trainer.plan.steps_per_epoch(len(trainer.data))
+        self.history_ = trainer.progress.history
+
+        def after_step(step: int) -> None:
+            if checkpoint_dir is not None and step % every == 0:
+                io.save(self, checkpoint_dir, rows=True, trainer=trainer)
+
+        def after_epoch(logs: dict[str, float]) -> bool:
+            return any([callback(self, logs) for callback in callbacks])
+
+        progress = trainer.run(after_epoch, after_step, self.progress)
+        if isinstance(self.model_, RowModel) and len(empty := trainer.empty_rows()):
+            self.model_.posterior.set_prior(empty)
+        self.n_steps_, self.stopped_ = progress.step, progress.stopped
+        if progress.stopped == "interrupted":
+            warnings.warn(
+                f"fit was interrupted after step {progress.step} of {trainer.total}; the model is usable as it is", stacklevel=3
+            )
+
+    # new rows
+
+    def infer(
+        self,
+        X: Any,
+        mask: Any = None,
+        *,
+        steps: int = 250,
+        lr: float | None = None,
+        protocol: str = "row",
+        row_ids: Any = None,
+    ) -> Posterior:
+        """The posterior of new rows: decoder and relays stay as they are, each row fits its own parameters.
+
+        X, mask: as in fit, [M, D]. steps: Adam steps a row. lr: their size (default: the training's row lr, with its
+        schedule). protocol: "row", each row by itself; "epochs", as minibatches of dense Adam over all M rows, the published
+        way. row_ids: int64 [M], what the rows' noise is keyed by; default a hash of the row, so that a row's result does
+        not depend on the others in the call.
+        """
+        data = self._new_rows(X, mask)
+        self._check_inference(steps, lr, protocol)
+        ids = data.row_ids() if row_ids is None else _as_row_ids(row_ids, len(data))
+        return self._infer(data, ids, steps, lr, protocol)
+
+    def _infer(self, data: Observations, ids: Tensor, steps: int, lr: float | None, protocol: str) -> Posterior:
+        missed = -(-len(data) // self.batch_size_) - 1 if protocol == "epochs" else 0
+        plan = InferencePlan(steps, self._row_lr() if lr is None else lr, self.schedule_, self.seed, missed)
+        assert isinstance(self.model_, RowModel)
+        return fit_new_rows(self.model_, data, self.units_, ids, plan, self.progress)
+
+    def _row_lr(self) -> float:
+        return self.lr_
+
+    def _check_inference(self, steps: int, lr: float | None, protocol: str) -> None:
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+            raise ValueError(f"steps must be a positive int; got {steps!r}")
+        if lr is not None and not 0 < lr < float("inf"):
+            raise ValueError(f"lr must be a number above 0 or None; got {lr!r}")
+        if protocol not in PROTOCOLS:
+            raise ValueError(f"protocol must be 'row' or 'epochs'; got {protocol!r}")
+
+    def _new_rows(self, X: Any, mask: Any) -> Observations:
+        self._check_fitted()
+        data = Observations(X, mask)
+        if data.num_columns != self.n_features_in_:
+            raise ValueError(f"X has {data.num_columns} columns, but the model was fitted on {self.n_features_in_}")
+        if data.names and self.feature_names_in_ and data.names != self.feature_names_in_:
+            first = next(i for i, (a, b) in enumerate(zip(data.names, self.feature_names_in_, strict=True)) if a != b)
+            raise ValueError(
+                f"X's column {first} is {data.names[first]!r}, but the model was fitted with {self.feature_names_in_[first]!r} "
+                "there; give the columns in the order of feature_names_in_"
+            )
+        data.check()
+        return data
+
+    def _check_fitted(self) -> None:
+        if not hasattr(self, "model_"):
+            raise RuntimeError(f"this {type(self).__name__} is not fitted; call fit(X) or {type(self).__name__}.load(dir) first")
+
+    # results
+
+    @property
+    def posterior_(self) -> Posterior:
+        """The training rows' posterior; its elbo and converged are not evaluated (NaN, False)."""
+        self._check_fitted()
+        return self._training_posterior()
+
+    def _training_posterior(self) -> Posterior:
+        assert isinstance(self.model_, RowModel)
+        post = self.model_.posterior
+        if post.num_rows != self.n_rows_:
+            raise RuntimeError("this model was saved with rows=False: its training rows are gone; pass X")
+        parameters = post.table.weight.detach().clone()
+        with torch.no_grad():
+            parts = [(post.mean_of(p), post.log_std_of(p).exp()) for p in parameters.split(ROWS_AT_ONCE)]
+        mean, std = (torch.cat(t).cpu() for t in zip(*parts, strict=True))
+        unknown = torch.full((len(mean),), float("nan"))
+        return Posterior(mean, std, unknown, torch.zeros(len(mean), dtype=torch.bool), parameters.cpu())
+
+    def _posterior_of(self, X: Any, mask: Any, posterior: Posterior | None, **infer: Any) -> Posterior:
+        if posterior is not None:
+            if infer:
+                raise TypeError(f"{next(iter(infer))} has no effect beside posterior; drop one of them")
+            return posterior
+        if X is None:
+            if infer:
+                raise TypeError(f"{next(iter(infer))} needs X: the training rows are not inferred again")
+            return self.posterior_
+        return self.infer(X, mask, **infer)
+
+    @torch.no_grad()
+    def _decode(self, z: Tensor) -> np.ndarray:
+        """E[x | z] in the model's units, float32 [B, D]. Whole blocks, one thread, as in infer: bits do not depend on the call."""
+        model = self.model_
+        parts = []
+        for block in z.split(BLOCK):
+            xhat = model.decoder(padded_block(block).to(self.device_))
+            parts.append(model.likelihood.mean(xhat)[: len(block)].cpu())
+        return torch.cat(parts).numpy()
+
+    def impute(
+        self,
+        X: Any = None,
+        mask: Any = None,
+        *,
+        n_samples: int | None = None,
+        posterior: Posterior | None = None,
+        **infer: Any,
+    ) -> Any:
+        """Fill the holes; observed cells come back bit for bit.
+
+        X, mask: new rows, or None for the training rows. n_samples: None fills with the decoder's output at the posterior
+        mean; an int L returns L fillings [L, N, D] with z drawn from the posterior (their mean is E[x_missing | x_observed]
+        under q, their spread the uncertainty of z). posterior: of these rows, from infer. Other keywords go to infer. Returns
+        the kind of container that X is; a list of DataFrames where n_samples is given and X is one.
+        """
+        if n_samples is not None and (isinstance(n_samples, bool) or not isinstance(n_samples, int) or n_samples < 1):
+            raise ValueError(f"n_samples must be a positive int or None; got {n_samples!r}")
+        self._check_fitted()
+        data = self._training_data() if X is None else self._new_rows(X, mask)
+        post = self._posterior_of(X, mask, posterior, **infer)
+        if len(post) != len(data):
+            raise ValueError(f"posterior has {len(post)} rows, but X has {len(data)}")
+        if n_samples is None:
+            return data.like_container(self._fill(data, post.mean))
+        ids = torch.arange(len(data)) if X is None else data.row_ids()
+        fillings = [self._fill(data, self._draw(post, ids, draw)) for draw in range(n_samples)]
+        if isinstance(data.container, (np.ndarray, Tensor)):
+            return data.like_container(np.stack(fillings))
+        return [data.like_container(filled) for filled in fillings]
+
+    def _training_data(self) -> Observations:
+        if self._data is None:
+            raise ValueError(
+                "a saved model holds no data: pass X, with posterior=model.posterior_ if these are the training rows"
+            )
+        return self._data
+
+    def _draw(self, posterior: Posterior, ids: Tensor, draw: int, seed: int | None = None) -> Tensor:
+        seed = self.seed if seed is None else seed
+        noise = ops.philox_normal(seed, "impute", 0, ids, posterior.mean.shape[1], draw=draw)
+        return posterior.mean + posterior.std * noise
+
+    def _fill(self, data: Observations, z: Tensor) -> np.ndarray:
+        filled = np.empty((len(data), data.num_columns), dtype=data.output_dtype())
+        for start in range(0, len(data), ROWS_AT_ONCE):
+            block = slice(start, start + ROWS_AT_ONCE)
+            values, observed = data.read(block)
+            filled[block] = self.units_.to_user(self._decode(z[block]).astype(np.float64))
+            np.copyto(filled[block], values.astype(filled.dtype, copy=False), where=observed)
+        return filled
+
+    def embed(self, X: Any = None, mask: Any = None, *, posterior: Posterior | None = None, **infer: Any) -> np.ndarray:
+        """Posterior means, float32 [N, T], of new rows or (X=None) of the training rows. Other keywords go to infer."""
+        self._check_fitted()
+        return self._posterior_of(X, mask, posterior, **infer).mean.numpy()
+
+    def reconstruct(
+        self,
+        X: Any = None,
+        mask: Any = None,
+        *,
+        posterior: Posterior | None = None,
+        up_to_group: int | None = None,
+        residual: bool = True,
+        **infer: Any,
+    ) -> np.ndarray:
+        """The decoder's output at the posterior mean for every cell, in the user's units, [N, D].
+
+        up_to_group: use the relays of the first so many groups only; residual: whether to add the row's own residual
+        (RVI only, both).
+        """
+        self._check_fitted()
+        post = self._posterior_of(X, mask, posterior, **infer)
+        z = post.mean if up_to_group is None and residual else self._partial_mean(post, up_to_group, residual)
+        return self.units_.to_user(self._decode(z).astype(np.float64))
+
+    def _partial_mean(self, posterior: Posterior, up_to_group: int | None, residual: bool) -> Tensor:
+        raise TypeError(f"up_to_group and residual belong to RVI's relays; {type(self).__name__} has none")
+
+    def score(self, X: Any = None, mask: Any = None, *, posterior: Posterior | None = None, **infer: Any) -> np.ndarray:
+        """The ELBO of every row's observed cells, in nats and in the model's units, float32 [N]."""
+        self._check_fitted()
+        if posterior is None and X is not None:
+            return self.infer(X, mask, **infer).elbo.numpy()
+        data = self._training_data() if X is None else self._new_rows(X, mask)
+        post = self._posterior_of(X, mask, posterior, **infer)
+        ids = torch.arange(len(data)) if X is None else data.row_ids()
+        return self._elbo(data, post, ids)
+
+    @torch.no_grad()
+    def _elbo(self, data: Observations, posterior: Posterior, ids: Tensor, draws: int = 8) -> np.ndarray:
+        out = np.zeros(len(data), dtype=np.float32)
+        for start in range(0, len(data), ROWS_AT_ONCE):
+            block = slice(start, start + ROWS_AT_ONCE)
+            x, mask = self.units_.to_model(*data.read(block))
+            part = Posterior(*(t[block] for t in (posterior.mean, posterior.std, posterior.elbo, posterior.converged)))
+            _, kl = ops.gaussian_sample(part.mean, part.std.log(), None)
+            for draw in range(draws):
+                xhat = self.model_.decoder(self._draw(part, ids[block], draw).to(self.device_)).cpu()
+                nll = self.model_.likelihood.cpu().nll(xhat, x, mask)
+                out[block] -= (nll + kl).numpy() / draws
+        self.model_.likelihood.to(self.device_)
+        return out
+
+    def sample(self, n: int, *, source: str = "prior", noise: bool = False, seed: int | None = None) -> np.ndarray:
+        """n new rows [n, D] in the user's units: z from the prior N(0, I), or from the posteriors of random training rows.
+
+        noise: add the likelihood's own noise (False gives its mean). seed: default the model's.
+        """
+        self._check_fitted()
+        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+            raise ValueError(f"n must be a positive int; got {n!r}")
+        if source not in ("prior", "posterior"):
+            raise ValueError(f"source must be 'prior' or 'posterior'; got {source!r}")
+        seed = self.seed if seed is None else seed
+        generator = torch.Generator().manual_seed(seed)
+        z = torch.randn(n, self.latent_dim_, generator=generator)
+        if source == "posterior":
+            post = self.posterior_
+            rows = torch.randint(len(post), (n,), generator=generator)
+            z = post.mean[rows] + post.std[rows] * z
+        with torch.no_grad():
+            xhat = self.model_.decoder(z.to(self.device_))
+            likelihood = self.model_.likelihood
+            if noise:
+                x = likelihood.draw(xhat, torch.randn(xhat.shape, generator=generator).to(xhat))
+            else:
+                x = likelihood.mean(xhat)
+        return self.units_.to_user(x.cpu().double().numpy())
+
+    # files
+
+    def save(self, dir: str | os.PathLike, *, rows: bool = True, optimizer: bool = False) -> None:
+        """Write the model to a folder (safetensors and JSON). rows: with the training rows' parameters; optimizer: with
+        Adam's moments. X itself is never written. The folder holds the old model until the new one is complete.
+        """
+        self._check_fitted()
+        io.save(self, dir, rows=rows, moments=optimizer)
+
+    @classmethod
+    def load(cls, dir: str | os.PathLike) -> Self:
+        """Read what save wrote."""
+        return io.load(cls, dir)
+
+
+class RowEstimator(Estimator):
+    """An estimator whose training rows own parameters: RVI and VAD."""
+
+    row_lr: float | None
+    optimizer_mode: str
+
+    def _check_arguments(self) -> None:
+        super()._check_arguments()
+        if self.optimizer_mode not in MODES:
+            raise ValueError(f"optimizer_mode must be 'dense' or 'lazy'; got {self.optimizer_mode!r}")
+
+    def _row_lr(self) -> float:
+        return self.lr_ if self.row_lr is None else self.row_lr
+
+    def _make_posterior(self, num_rows: int) -> RelayPosterior | MeanFieldPosterior:
+        raise NotImplementedError
+
+    def _make_model(self, num_rows: int, statistics: ColumnStatistics | None) -> RowModel:
+        return RowModel(self._make_posterior(num_rows), self._decoder(), self.likelihood_, self.kl_weight)
+
+    def _parameter_groups(self) -> list[dict[str, Any]]:
+        assert isinstance(self.model_, RowModel)
+        rows = list(self.model_.posterior.table.parameters())
+        owned = {id(p) for p in rows}
+        shared = [p for p in self.model_.parameters() if id(p) not in owned]
+        return [{"params": rows, "lr": self._row_lr()}, {"params": shared, "lr": self.lr_}]
+
+
+class RVI(RowEstimator):
+    """Relay Variational Inference: a generative model with no encoder, for data with any holes in it.
+
+    Every row i owns q(z|x_i) = N(mu_i, diag(sigma_i^2)); mu_i is a sparse combination of relay vectors shared by all rows,
+    plus a residual of its own. "auto" is resolved from the data at fit and stored with a trailing underscore (defaults.py).
+
+    latent_dim: T. hidden: the decoder's widths, () for a linear decoder. linear_path: a linear path beside the MLP. groups:
+    relays in each group. active: how many of a group a row uses, an int, a share in (0, 1], or one for each group.
+    coefficients: "linear" or "softmax" (mixture form). likelihood: Gaussian(scale), Bernoulli() or "auto". kl_weight: of
+    the KL term. standardize: zero mean and unit variance columns inside. lr: of decoder and relays; row_lr: of the rows
+    (None: lr). schedule: "constant" or "cosine" (to 0). batch_size: rows a step. epochs: passes over the rows.
+    optimizer_mode: "dense" or "lazy" (see optim.RowAdam). activation: of the decoder. log_std: its initial value.
+    keep_empty_columns: let columns with nothing observed pass; they are filled with 0. seed: of everything random.
+    device: "auto", "cpu", "cuda", ... progress: a bar for work longer than two seconds.
+    """
+
+    def __init__(
+        self,
+        latent_dim: int | str = "auto",
+        hidden: Sequence[int] | str = "auto",
+        linear_path: bool | str = "auto",
+        groups: Sequence[int] = (25, 50, 100),
+        active: int | float | Sequence[int | float] = 0.5,
+        likelihood: Likelihood | str = "auto",
+        kl_weight: float = 1.0,
+        standardize: bool | str = "auto",
+        lr: float | str = "auto",
+        row_lr: float | None = None,
+        batch_size: int | str = "auto",
+        epochs: int | str = "auto",
+        optimizer_mode: str = "dense",
+        seed: int = 0,
+        device: str | torch.device = "auto",
+        progress: bool = True,
+        *,
+        schedule: str = "auto",
+        coefficients: str = "linear",
+        activation: str = "relu",
+        log_std: float = -1.0,
+        keep_empty_columns: bool = False,
+        **unknown: Any,
+    ):
+        self._set_arguments(locals())
+
+    @classmethod
+    def paper(cls, **kw: Any) -> Self:
+        """The paper's settings (docs/math.md); keywords override them."""
+        return cls(**{**defaults.PAPER, "likelihood": Gaussian(defaults.PAPER_SCALE), **kw})
+
+    def _check_arguments(self) -> None:
+        super()._check_arguments()
+        ops.active_counts(ops.check_groups(self.groups), self.active)
+        if self.coefficients not in ops.COEFFICIENTS:
+            raise ValueError(f"coefficients must be 'linear' or 'softmax'; got {self.coefficients!r}")
+
+    def _make_posterior(self, num_rows: int) -> RelayPosterior:
+        return RelayPosterior(
+            num_rows,
+            self.latent_dim_,
+            self.groups,
+            self.active,
+            coefficients=self.coefficients,
+            log_std=self.log_std,
+            seed=self.seed,
+        )
+
+    @torch.no_grad()
+    def _partial_mean(self, posterior: Posterior, up_to_group: int | None, residual: bool) -> Tensor:
+        assert isinstance(self.model_, RowModel) and posterior.parameters is not None
+        relays = self.model_.posterior
+        assert isinstance(relays, RelayPosterior)
+        return relays.partial_mean_of(posterior.parameters.to(self.device_), up_to_group, residual).cpu()
+
+
+class VAD(RowEstimator):
+    """The variational auto-decoder: every row owns a mean-field posterior and shares nothing. RVI without relays.
+
+    Arguments as in RVI.
+    """
+
+    def __init__(
+        self,
+        latent_dim: int | str = "auto",
+        hidden: Sequence[int] | str = "auto",
+        linear_path: bool | str = "auto",
+        likelihood: Likelihood | str = "auto",
+        kl_weight: float = 1.0,
+        standardize: bool | str = "auto",
+        lr: float | str = "auto",
+        row_lr: float | None = None,
+        batch_size: int | str = "auto",
+        epochs: int | str = "auto",
+        optimizer_mode: str = "dense",
+        seed: int = 0,
+        device: str | torch.device = "auto",
+        progress: bool = True,
+        *,
+        schedule: str = "auto",
+        activation: str = "relu",
+        log_std: float = -1.0,
+        keep_empty_columns: bool = False,
+        **unknown: Any,
+    ):
+        self._set_arguments(locals())
+
+    def _make_posterior(self, num_rows: int) -> MeanFieldPosterior:
+        return MeanFieldPosterior(num_rows, self.latent_dim_, log_std=self.log_std, seed=self.seed)
+
+
+class VAE(Estimator):
+    """A variational autoencoder with the same decoder: its encoder sees the row with its holes filled.
+
+    missing: what the encoder sees in a hole: "zero", "mean" (the column's), or "zero+mask" (0, and the mask as further
+    inputs). The encoder's widths are the decoder's, reversed. Other arguments as in RVI.
+    """
+
+    def __init__(
+        self,
+        latent_dim: int | str = "auto",
+        hidden: Sequence[int] | str = "auto",
+        linear_path: bool | str = "auto",
+        likelihood: Likelihood | str = "auto",
+        kl_weight: float = 1.0,
+        standardize: bool | str = "auto",
+        lr: float | str = "auto",
+        batch_size: int | str = "auto",
+        epochs: int | str = "auto",
+        seed: int = 0,
+        device: str | torch.device = "auto",
+        progress: bool = True,
+        *,
+        missing: str = "zero+mask",
+        schedule: str = "auto",
+        activation: str = "relu",
+        keep_empty_columns: bool = False,
+        **unknown: Any,
+    ):
+        self._set_arguments(locals())
+
+    def _check_arguments(self) -> None:
+        super()._check_arguments()
+        if self.missing not in Encoder.MISSING:
+            raise ValueError(f"missing must be one of {', '.join(Encoder.MISSING)}; got {self.missing!r}")
+
+    def _make_model(self, num_rows: int, statistics: ColumnStatistics | None) -> EncoderModel:
+        mean = np.zeros(self.n_features_in_) if statistics is None else statistics.mean
+        model_mean = torch.tensor((mean - self.units_.shift) / self.units_.scale, dtype=torch.float32)
+        encoder = Encoder(model_mean, self.latent_dim_, self.hidden_[::-1], self.activation, self.missing)
+        return EncoderModel(encoder, self._decoder(), self.likelihood_, self.kl_weight, self.seed)
+
+    def infer(
+        self,
+        X: Any,
+        mask: Any = None,
+        *,
+        steps: int = 250,
+        lr: float | None = None,
+        protocol: str = "row",
+        row_ids: Any = None,
+    ) -> Posterior:
+        """The posterior of new rows, by one pass of the encoder; steps, lr and protocol have no effect."""
+        data = self._new_rows(X, mask)
+        ids = data.row_ids() if row_ids is None else _as_row_ids(row_ids, len(data))
+        posterior = self._encode(data)
+        posterior.elbo = torch.from_numpy(self._elbo(data, posterior, ids))
+        return posterior
+
+    @torch.no_grad()
+    def _encode(self, data: Observations) -> Posterior:
+        assert isinstance(self.model_, EncoderModel)
+        parts = []
+        for start in range(0, len(data), BLOCK):
+            x, mask = self.units_.to_model(*data.read(slice(start, start + BLOCK)))
+            full = (padded_block(t).to(self.device_) for t in (x, mask))
+            parts.append([t[: len(x)].cpu() for t in self.model_.encoder(*full)])
+        mean, log_std = (torch.cat(t) for t in zip(*parts, strict=True))
+        return Posterior(mean, log_std.exp(), torch.full((len(mean),), float("nan")), torch.ones(len(mean), dtype=torch.bool))
+
+    def _training_posterior(self) -> Posterior:
+        return self._encode(self._training_data())
+
+
+def _argument_defaults(cls: type[Estimator]) -> dict[str, Any]:
+    parameters = inspect.signature(cls.__init__).parameters
+    return {name: p.default for name, p in parameters.items() if name not in ("self", "unknown")}
+
+
+def _unknown_argument(cls: type[Estimator], name: str) -> str:
+    known = _argument_defaults(cls)
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"it takes {', '.join(known)}"
+    return f"{cls.__name__} has no argument {name!r}; {hint}"
+
+
+def _as_row_ids(row_ids: Any, num_rows: int) -> Tensor:
+    ids = torch.as_tensor(row_ids)
+    if ids.dtype != torch.int64 or tuple(ids.shape) != (num_rows,):
+        raise ValueError(f"row_ids must be int64 [{num_rows}], one a row of X; got {ids.dtype} {list(ids.shape)}")
+    return ids

@@ -1,0 +1,181 @@
+"""Posteriors of new rows: relays and decoder frozen, each row's own parameters fitted by Adam."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from . import reference
+from .clock import AdamClock
+from .model import RowModel
+from .observations import ColumnUnits, Observations
+from .reference import AdamHyper
+from .train import BAR_DELAY_S, SCHEDULES
+
+BLOCK = 64  # rows fitted together, always exactly so many: a row's bits do not depend on the call it came in
+ELBO_DRAWS = 8  # samples of z in the ELBO that is reported
+CONVERGED = 0.01  # a row has converged if the last tenth of the steps changed its ELBO (same draws) by a smaller share
+
+HYPER = AdamHyper(0.9, 0.999, 1e-8)
+PROTOCOLS = ("row", "epochs")
+
+
+@dataclasses.dataclass
+class Posterior:
+    """q(z|x) of M rows.
+
+    mean, std: [M, T]; elbo: [M], nats, in the model's units; converged: bool [M]; parameters: the rows' own parameters
+    [M, C] (coefficients, residual, log std), None where there are none (VAE).
+    """
+
+    mean: Tensor
+    std: Tensor
+    elbo: Tensor
+    converged: Tensor
+    parameters: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.mean)
+
+
+@dataclasses.dataclass
+class InferencePlan:
+    """How new rows are fitted: steps of Adam at lr under a schedule; missed: steps of the table between two visits of a row."""
+
+    steps: int
+    lr: float
+    schedule: str
+    seed: int
+    missed: int = 0
+
+    def lr_at(self, step: int) -> float:
+        return self.lr * SCHEDULES[self.schedule](step / self.steps)
+
+
+def fit_new_rows(
+    model: RowModel, data: Observations, units: ColumnUnits, row_ids: Tensor, plan: InferencePlan, show_progress: bool
+) -> Posterior:
+    """Fit the rows of `data` block by block. Each result depends on its row and row id alone.
+
+    row_ids: int64 [M]. A row with nothing observed gets the prior.
+    """
+    was_training = model.training
+    model.eval()
+    clocks = _clocks_between_visits(plan)
+    starts = range(0, len(data), BLOCK)
+
+    def fit(start: int) -> tuple[Tensor, ...]:
+        return _fit_block(model, data, units, row_ids, start, plan, clocks)
+
+    bar = tqdm(total=len(starts), delay=BAR_DELAY_S, disable=not show_progress, unit="block", leave=False)
+    try:
+        with bar:
+            blocks = [_advance(bar, block) for block in _one_thread_each(fit, starts)]
+    finally:
+        model.train(was_training)
+    mean, std, elbo, converged, parameters = (torch.cat(parts) for parts in zip(*blocks, strict=True))
+    return Posterior(mean, std, elbo, converged, parameters)
+
+
+def _advance(bar: tqdm, block: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    bar.update()
+    return block
+
+
+def _one_thread_each(fit: Callable[[int], tuple[Tensor, ...]], starts: range) -> Iterator[tuple[Tensor, ...]]:
+    """fit(start) for every start, one thread a block and blocks in parallel: matmuls change bits with their thread count."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(min(threads, len(starts), os.cpu_count() or 1)) as pool:
+            yield from pool.map(fit, starts)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _clocks_between_visits(plan: InferencePlan) -> list[AdamClock] | None:
+    """For protocol "epochs": the steps of dense Adam between a row's visits, which age it. One clock a visit."""
+    if plan.missed == 0:
+        return None
+    clocks = []
+    window = HYPER.window() or 0
+    for visit in range(plan.steps):
+        clock = AdamClock(HYPER, steps=1 + visit * (plan.missed + 1))
+        for _ in range(min(plan.missed, window)):  # momentum is spent after `window` steps
+            clock.advance(plan.lr_at(visit))
+        clocks.append(clock)
+    return clocks
+
+
+def _fit_block(
+    model: RowModel,
+    data: Observations,
+    units: ColumnUnits,
+    row_ids: Tensor,
+    start: int,
+    plan: InferencePlan,
+    clocks: list[AdamClock] | None,
+) -> tuple[Tensor, ...]:
+    x, mask = units.to_model(*data.read(slice(start, start + BLOCK)))
+    size = len(x)
+    device = model.decoder.head.weight.device
+    x, mask, ids = (padded_block(t).to(device) for t in (x, mask, row_ids[start : start + BLOCK]))
+    posterior = model.posterior
+    p = posterior.initial_values(ids).to(device)
+    m, v = torch.zeros_like(p), torch.zeros_like(p)
+    before = p
+    for step in range(plan.steps):
+        if step == plan.steps - max(1, plan.steps // 10):
+            before = p
+        grad = _gradient(model, p, x, mask, ids, step, plan.seed)
+        u = 1 + step * (plan.missed + 1)
+        p, m, v = reference.adamw_step(p, m, v, grad, u, plan.lr_at(step), HYPER)
+        if clocks is not None and step < plan.steps - 1:
+            p, m, v = _age(p, m, v, clocks[step], plan.missed)
+    empty = ~mask.any(1)
+    p = _prior_where(posterior, p, empty)
+    with torch.no_grad():
+        elbo, elbo_before = (_elbo(model, values, x, mask, ids, plan.seed) for values in (p, before))
+        mean, std = posterior.mean_of(p), posterior.log_std_of(p).exp()
+    converged = empty | ((elbo - elbo_before).abs() <= CONVERGED * (1 + elbo.abs()))
+    return tuple(t[:size].cpu() for t in (mean, std, elbo, converged, p))
+
+
+def padded_block(t: Tensor) -> Tensor:
+    """t with zero rows added up to a full block."""
+    return torch.cat((t, t.new_zeros(BLOCK - len(t), *t.shape[1:]))) if len(t) < BLOCK else t
+
+
+def _gradient(model: RowModel, p: Tensor, x: Tensor, mask: Tensor, ids: Tensor, step: int, seed: int) -> Tensor:
+    """Gradient of each row's own loss [B, C]: rows do not see each other."""
+    with torch.enable_grad():
+        p = p.detach().requires_grad_()
+        z, kl = model.posterior.sample_values(p, row_ids=ids, stream="infer", step=step, seed=seed)
+        loss = model.row_loss(model.likelihood.nll(model.decoder(z), x, mask), kl)
+        (grad,) = torch.autograd.grad(loss.sum(), p)
+    return grad
+
+
+def _age(p: Tensor, m: Tensor, v: Tensor, clock: AdamClock, missed: int) -> tuple[Tensor, Tensor, Tensor]:
+    p_now, m_now, v_now = clock.catch_up(p, m, v, torch.zeros(len(p), dtype=torch.int32, device=p.device))
+    beyond = missed - clock.index
+    return p_now, m_now * HYPER.beta1**beyond, v_now * HYPER.beta2**beyond
+
+
+def _prior_where(posterior: torch.nn.Module, p: Tensor, empty: Tensor) -> Tensor:
+    """Rows with nothing observed have the prior as their exact optimum: zero mean, unit standard deviation."""
+    return torch.where(empty[:, None], torch.zeros_like(p), p)
+
+
+def _elbo(model: RowModel, p: Tensor, x: Tensor, mask: Tensor, ids: Tensor, seed: int) -> Tensor:
+    total = torch.zeros(len(p), device=p.device)
+    for draw in range(1, ELBO_DRAWS + 1):
+        z, kl = model.posterior.sample_values(p, row_ids=ids, stream="infer", seed=seed, draw=draw)
+        total -= model.likelihood.nll(model.decoder(z), x, mask) + kl
+    return total / ELBO_DRAWS

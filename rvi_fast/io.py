@@ -1,0 +1,267 @@
+"""Models on disk: one folder with config.json and one safetensors file that it names."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from . import likelihoods
+from .clock import AdamClock
+from .model import RowModel
+from .observations import ColumnUnits
+from .row_store import Movement, RowStore
+from .reference import AdamHyper
+
+if TYPE_CHECKING:
+    from .estimators import Estimator
+    from .train import Trainer
+
+FORMAT, FORMAT_VERSION = "rvi_fast", 1
+CONFIG = "config.json"
+RESOLVED = ("latent_dim", "hidden", "linear_path", "standardize", "lr", "schedule", "batch_size", "epochs")
+
+
+def save(estimator: Estimator, dir: Any, *, rows: bool, moments: bool = False, trainer: Trainer | None = None) -> None:
+    """Write the model, and with `trainer` all that training needs to go on to the same bits.
+
+    The tensors go to a file of a new name, and config.json, which names it, is replaced last and in one piece: a reader, or
+    a kill at any moment, sees the old model or the new one.
+    """
+    folder = Path(dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = _model_tensors(estimator, rows, moments and trainer is None)
+    config = _config(estimator, rows)
+    if trainer is not None:
+        tensors |= _training_tensors(estimator, trainer)
+        config["training"] = _training_config(estimator, trainer)
+    config["tensors"] = f"tensors-{uuid.uuid4().hex[:12]}.safetensors"
+    path = folder / config["tensors"]
+    try:
+        save_file({name: t.contiguous() for name, t in tensors.items()}, path)
+        _replace_text(folder / CONFIG, json.dumps(config, indent=1))
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+    for old in folder.glob("tensors-*.safetensors"):
+        if old != path:
+            old.unlink(missing_ok=True)
+
+
+def _replace_text(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".part")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _config(estimator: Estimator, rows: bool) -> dict[str, Any]:
+    params = estimator.get_params()
+    params["likelihood"] = "auto" if isinstance(params["likelihood"], str) else _likelihood_config(params["likelihood"])
+    params["device"] = str(params["device"])
+    return {
+        "format": FORMAT,
+        "version": FORMAT_VERSION,
+        "class": type(estimator).__name__,
+        "params": params,
+        "resolved": {name: getattr(estimator, name + "_") for name in RESOLVED},
+        "likelihood": _likelihood_config(estimator.likelihood_),
+        "columns": {"count": estimator.n_features_in_, "names": estimator.feature_names_in_},
+        "num_rows": estimator.n_rows_ if rows else None,
+        "history": estimator.history_,
+        "n_steps": getattr(estimator, "n_steps_", None),
+        "stopped": getattr(estimator, "stopped_", None),
+    }
+
+
+def _likelihood_config(likelihood: likelihoods.Likelihood) -> dict[str, Any]:
+    kind = next(name for name, cls in likelihoods.KINDS.items() if type(likelihood) is cls)
+    return {"kind": kind, **likelihood.settings()}
+
+
+def _likelihood_from(config: Any) -> Any:
+    if isinstance(config, str):
+        return config
+    settings = dict(config)
+    return likelihoods.KINDS[settings.pop("kind")](**settings)
+
+
+def _model_tensors(estimator: Estimator, rows: bool, moments: bool) -> dict[str, Tensor]:
+    model = estimator.model_
+    tensors = {f"model.{name}": t.detach().cpu() for name, t in model.state_dict().items()}
+    units = estimator.units_
+    tensors |= {f"units.{f.name}": torch.from_numpy(getattr(units, f.name)) for f in dataclasses.fields(units)}
+    if isinstance(model, RowModel):
+        if not rows:
+            tensors = {name: t for name, t in tensors.items() if not name.startswith("model.posterior.table.")}
+        elif moments:
+            store = model.posterior.table.store
+            if store.values.shape[1] == 3:
+                tensors |= {"adam.exp_avg": store.read_all(1), "adam.exp_avg_sq": store.read_all(2)}
+    return tensors
+
+
+def has_checkpoint(dir: Any) -> bool:
+    return (Path(dir) / CONFIG).exists()
+
+
+def read(dir: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """config and tensors of a folder; one clear sentence where it is not a whole model of this format."""
+    folder = Path(dir)
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{folder} holds no model: {CONFIG} is missing; give the folder that save wrote") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{folder / CONFIG} is not readable as JSON ({error}); restore it from a backup") from None
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        raise ValueError(f"{folder / CONFIG} was not written by rvi_fast; give the folder that save wrote")
+    if config["version"] > FORMAT_VERSION:
+        raise ValueError(
+            f"{folder} has format version {config['version']}, but this rvi_fast reads up to {FORMAT_VERSION}; upgrade rvi_fast"
+        )
+    try:
+        with safe_open(folder / config["tensors"], framework="pt") as file:
+            return config, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
+    except (SafetensorError, FileNotFoundError) as error:
+        raise ValueError(f"{folder / config['tensors']} is missing or damaged ({error}); restore it from a backup") from None
+
+
+def load(cls: type[Estimator], dir: Any) -> Any:
+    """The estimator that `save` wrote to dir."""
+    config, tensors = read(dir)
+    if config["class"] != cls.__name__:
+        raise ValueError(f"{dir} holds a {config['class']}; load it with rvi_fast.{config['class']}.load")
+    params = dict(config["params"])
+    params["likelihood"] = _likelihood_from(params["likelihood"])
+    for name in ("hidden", "groups", "active"):
+        if isinstance(params.get(name), list):
+            params[name] = tuple(params[name])
+    estimator = cls(**params)
+    for name, value in config["resolved"].items():
+        setattr(estimator, name + "_", tuple(value) if isinstance(value, list) else value)
+    estimator.n_features_in_ = config["columns"]["count"]
+    estimator.feature_names_in_ = config["columns"]["names"]
+    estimator.units_ = _units_from(tensors)
+    estimator.likelihood_ = _likelihood_from(config["likelihood"])
+    estimator.likelihood_.bind(estimator.n_features_in_)
+    estimator._resolve_device()
+    estimator._build(config["num_rows"] or 1, None)
+    _load_model(estimator, tensors, with_rows=config["num_rows"] is not None)
+    estimator.n_rows_ = config["num_rows"]
+    estimator.history_ = config["history"]
+    estimator.n_steps_, estimator.stopped_ = config["n_steps"], config["stopped"]
+    estimator.model_.eval()
+    return estimator
+
+
+def _units_from(tensors: dict[str, Tensor]) -> ColumnUnits:
+    return ColumnUnits(**{f.name: tensors[f"units.{f.name}"].numpy() for f in dataclasses.fields(ColumnUnits)})
+
+
+def _load_model(estimator: Estimator, tensors: dict[str, Tensor], with_rows: bool) -> None:
+    state = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
+    missing, unexpected = estimator.model_.load_state_dict(state, strict=False)
+    missing = [name for name in missing if with_rows or not name.startswith("posterior.table.")]
+    if missing or unexpected:
+        raise ValueError(f"the saved tensors do not fit the saved settings: {', '.join([*missing, *unexpected])}")
+
+
+# training state: what a resumed run needs to end with the same bits
+
+
+def _training_config(estimator: Estimator, trainer: Trainer) -> dict[str, Any]:
+    progress = trainer.progress
+    config: dict[str, Any] = {"step": progress.step, "history": progress.history, "sums": progress.sums}
+    config["plan"] = {k: v for k, v in dataclasses.asdict(trainer.plan).items() if k != "device"}
+    if trainer.best is not None:
+        config["best"] = {"val_mse": trainer.best[0], "epoch": trainer.best[1]}
+    if isinstance(estimator.model_, RowModel):
+        store = estimator.model_.posterior.table.store
+        config["rows"] = {
+            "moving": {str(i): [movement.group, *movement.hyper] for i, movement in store.moving.items()},
+            "steps": store.steps,
+            "clocks": [[column.clock.steps, column.clock.index] for column in store.columns],
+        }
+    return config
+
+
+def _training_tensors(estimator: Estimator, trainer: Trainer) -> dict[str, Tensor]:
+    tensors = {}
+    for number, state in torch.optim.Optimizer.state_dict(trainer.optimizer)["state"].items():
+        tensors |= {f"adam.{number}.{name}": t for name, t in state.items()}
+    if trainer.best is not None:
+        tensors |= {f"best.{name}": t for name, t in trainer.best[2].items()}
+    if isinstance(estimator.model_, RowModel):
+        store = estimator.model_.posterior.table.store
+        tensors |= {"rows.values": store.values, "rows.last": store.last}
+        for number, column in enumerate(store.columns):
+            if isinstance(column.clock, AdamClock):
+                tensors[f"rows.history.{number}"] = column.clock.history
+    return {name: t.detach().cpu() for name, t in tensors.items()}
+
+
+def load_training_state(dir: Any, estimator: Estimator, trainer: Trainer) -> None:
+    """Put estimator and trainer where the checkpoint in dir stopped; raise if it belongs to other settings or data."""
+    config, tensors = read(dir)
+    training = config.get("training")
+    if training is None:
+        raise ValueError(f"{dir} holds a finished model, not a checkpoint; fit without resume, or into another folder")
+    _check_same_run(dir, config, tensors, estimator, trainer)
+    _load_model(estimator, tensors, with_rows=True)
+    progress = trainer.progress
+    progress.step, progress.history, progress.sums = training["step"], training["history"], training["sums"]
+    if "best" in training:
+        state = {name.removeprefix("best."): t for name, t in tensors.items() if name.startswith("best.")}
+        trainer.best = (training["best"]["val_mse"], training["best"]["epoch"], state)
+    _load_ordinary_moments(trainer, tensors)
+    if isinstance(estimator.model_, RowModel):
+        _load_rows(estimator.model_.posterior.table.store, training["rows"], tensors)
+
+
+def _check_same_run(
+    dir: Any, config: dict[str, Any], tensors: dict[str, Tensor], estimator: Estimator, trainer: Trainer
+) -> None:
+    ours = json.loads(json.dumps({**_config(estimator, True), "plan": _training_config(estimator, trainer)["plan"]}))
+    theirs = {**config, "plan": config["training"]["plan"]}
+    for name in ("class", "params", "resolved", "columns", "num_rows", "plan"):
+        if ours[name] != theirs[name]:
+            raise ValueError(f"the checkpoint in {dir} belongs to a fit with other {name}; use another checkpoint_dir")
+    saved = _units_from(tensors)
+    if not all(np.array_equal(getattr(saved, f), getattr(estimator.units_, f)) for f in ("shift", "scale", "constant")):
+        raise ValueError(f"the checkpoint in {dir} belongs to other data; use another checkpoint_dir")
+
+
+def _load_ordinary_moments(trainer: Trainer, tensors: dict[str, Tensor]) -> None:
+    params = [p for group in trainer.optimizer.param_groups for p in group["params"]]
+    for name, t in tensors.items():
+        kind, _, rest = name.partition(".")
+        number, _, field = rest.partition(".")
+        if kind == "adam" and number.isdigit():
+            p = params[int(number)]
+            trainer.optimizer.state[p][field] = t.clone() if field == "step" else t.to(p.device)
+
+
+def _load_rows(store: RowStore, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    store.values.copy_(tensors["rows.values"])
+    store.last.copy_(tensors["rows.last"])
+    moving = {int(i): Movement(int(m[0]), AdamHyper(*m[1:])) for i, m in config["moving"].items()}
+    store.restart(moving, config["steps"])
+    for number, (column, (steps, index)) in enumerate(zip(store.columns, config["clocks"], strict=True)):
+        column.clock.steps, column.clock.index = steps, index
+        if isinstance(column.clock, AdamClock):
+            column.clock.history = tensors[f"rows.history.{number}"].to(store.values.device)

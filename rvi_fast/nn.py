@@ -1,0 +1,405 @@
+"""Modules: tables of rows, the posteriors built from them, and the decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .row_store import ReadRows, RowStore
+
+ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU, "tanh": nn.Tanh, "gelu": nn.GELU}
+
+# draws of the "init" noise stream, one for each thing that is initialised
+DRAW_ROWS, DRAW_RELAYS = 0, 1
+
+
+class RowTable(nn.Module):
+    """A table [num_rows, dim] read by row, like nn.Embedding, and trained by rvi_fast.optim.RowAdam.
+
+    num_rows, dim: sizes. dtype: of the rows (default: torch's default dtype). columns: names and widths of column ranges
+    that sum to dim, each a parameter of its own (so that it can have its own learning rate); default one, "weight".
+    init_std: of the normal initial values, a number or one for each name. seed: of the initial values. moments: whether
+    to keep room for Adam's moments beside each row from the start (a RowAdam makes room where there is none).
+
+    Rows that no batch touched of late are stored behind the optimiser's steps; every read through the module (table(rows),
+    table.weight, state_dict) gives them up to date, and writes nothing. To write rows use assign.
+    """
+
+    def __init__(
+        self,
+        num_rows: int,
+        dim: int,
+        dtype: torch.dtype | None = None,
+        *,
+        columns: Mapping[str, int] | None = None,
+        init_std: float | Mapping[str, float] = 1.0,
+        seed: int = 0,
+        moments: bool = True,
+        device: torch.device | str | None = None,
+    ):
+        super().__init__()
+        for name, size in (("num_rows", num_rows), ("dim", dim)):
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+                raise ValueError(f"{name} must be a positive int; got {size!r}")
+        widths = dict(columns or {"weight": dim})
+        if sum(widths.values()) != dim:
+            raise ValueError(f"columns must sum to dim={dim}; got {widths}")
+        dtype = dtype or torch.get_default_dtype()
+        if not dtype.is_floating_point:
+            raise TypeError(f"dtype must be a floating-point type; got {dtype}")
+        self.store = RowStore(num_rows, widths, dtype, torch.device(device or "cpu"), moments)
+        for name, parameter in zip(widths, self.store.parameters, strict=True):
+            self._parameters[name] = parameter  # not register_parameter: `weight` is a property here
+        self._fill_normal(init_std, seed)
+
+    @property
+    def num_rows(self) -> int:
+        return self.store.num_rows
+
+    @property
+    def dim(self) -> int:
+        return self.store.dim
+
+    @torch.no_grad()
+    def _fill_normal(self, std: float | Mapping[str, float], seed: int) -> None:
+        store = self.store
+        per_name = std if isinstance(std, Mapping) else dict.fromkeys(store.names, std)
+        for block in store.blocks():
+            rows = torch.arange(block.start, block.stop, device=store.values.device)
+            for name, span in zip(store.names, store.slices, strict=True):
+                if per_name[name]:
+                    noise = ops.philox_normal(seed, "init", 0, rows, span.stop, draw=DRAW_ROWS)[:, span]
+                    store.values[block, 0, span] = (noise * per_name[name]).to(store.values.dtype)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """rows: int64, any shape [...], in 0 .. num_rows - 1. Returns [..., dim], up to date."""
+        ops.check_rows(rows, self.num_rows)
+        flat = rows.reshape(-1).long()
+        parameters = self.store.parameters
+        if torch.is_grad_enabled() and any(p.requires_grad for p in parameters):
+            self._check_optimizer()
+            values = ReadRows.apply(self.store, flat, *parameters)
+        else:
+            values = self.store.read(flat)
+        return values.view(*rows.shape, self.dim)
+
+    def _check_optimizer(self) -> None:
+        for index, parameter in enumerate(self.store.parameters):
+            if parameter.requires_grad and index not in self.store.trained:
+                raise RuntimeError(
+                    f"no RowAdam trains the column range {self.store.names[index]!r} of this RowTable, and no other optimiser "
+                    "can: make rvi_fast.optim.RowAdam(model.parameters()) before the first forward, freeze the range with "
+                    "requires_grad_(False), or read under torch.no_grad()"
+                )
+
+    @property
+    def weight(self) -> Tensor:
+        """All rows [num_rows, dim], up to date: the parameter itself while nothing is behind, else a copy."""
+        if self.store.up_to_date() and len(self.store.parameters) == 1:
+            return self.store.parameters[0]
+        return self.store.read_all(0)
+
+    def read(self, name: str) -> Tensor:
+        """One column range of all rows, up to date, as a copy [num_rows, width]."""
+        return self.store.read_all(0, self._index(name))
+
+    def assign(self, values: Tensor, name: str | None = None) -> None:
+        """Overwrite all rows, or one column range of them, with values [num_rows, width]; Adam's moments stay."""
+        indices = range(len(self.store.names)) if name is None else [self._index(name)]
+        width = self.dim if name is None else self.store.parameters[self._index(name)].shape[1]
+        if tuple(values.shape) != (self.num_rows, width):
+            raise ValueError(f"values must have shape [{self.num_rows}, {width}]; got {list(values.shape)}")
+        for index in indices:
+            span = self.store.slices[index]
+            self.store.assign(index, values[:, span] if name is None else values)
+
+    def _index(self, name: str) -> int:
+        if name not in self.store.names:
+            raise KeyError(f"this RowTable has the columns {', '.join(self.store.names)}; got {name!r}")
+        return self.store.names.index(name)
+
+    def drop_moments(self) -> None:
+        """Give the memory of Adam's moments back (two thirds of the table); a new RowAdam then starts afresh."""
+        self.store.drop_moments()
+
+    def extra_repr(self) -> str:
+        widths = ", ".join(f"{n}={s.stop - s.start}" for n, s in zip(self.store.names, self.store.slices, strict=True))
+        return f"{self.num_rows}, {self.dim}" + (f", {widths}" if len(self.store.names) > 1 else "")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RowTable:
+        self.store.apply(fn)
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        for index, name in enumerate(self.store.names):
+            destination[prefix + name] = self.store.read_all(0, index)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        for index, (name, parameter) in enumerate(zip(self.store.names, self.store.parameters, strict=True)):
+            values = state_dict.get(prefix + name)
+            if values is None:
+                missing_keys.append(prefix + name)
+            elif values.shape != parameter.shape:
+                error_msgs.append(f"{prefix + name}: expected shape {list(parameter.shape)}, found {list(values.shape)}")
+            else:
+                self.store.assign(index, values)
+        own = {prefix + name for name in self.store.names}
+        unexpected_keys.extend(k for k in state_dict if strict and k.startswith(prefix) and k not in own)
+
+
+class _RowPosterior(nn.Module):
+    """What both posteriors share: a table of rows, keyed noise, and reading without a sample."""
+
+    def __init__(self, table: RowTable, latent_dim: int, seed: int):
+        super().__init__()
+        self.table = table
+        self.latent_dim = latent_dim
+        self.seed = seed
+
+    @property
+    def num_rows(self) -> int:
+        return self.table.num_rows
+
+    @property
+    def step(self) -> Tensor:
+        """Steps taken by RowAdam, int64 [] on the table's device: the noise's step number."""
+        return self.table.store.step
+
+    def get_extra_state(self) -> Tensor:
+        return self.step.clone()
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.step.copy_(state)
+
+    def forward(
+        self, rows: Tensor, *, sample: bool | None = None, seed: int | None = None, step: int | Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """z [B, T] ~ q(z|x_rows) and KL(q || N(0, I)) [B], in nats.
+
+        rows: int64 [B]. sample: False gives the mean; None follows self.training. seed, step: of the keyed noise; None
+        takes the module's seed and the number of steps that RowAdam has taken. A row's noise depends on these and on its
+        index alone.
+        """
+        return self.sample_values(
+            self.table(rows),
+            row_ids=rows,
+            stream="train",
+            step=self.step if step is None else step,
+            sample=self.training if sample is None else sample,
+            seed=seed,
+        )
+
+    def noise(
+        self, row_ids: Tensor, stream: str, step: int | Tensor, *, seed: int | None = None, draw: int = 0
+    ) -> Tensor:
+        """The keyed standard normals of rows, [B, T]."""
+        seed = self.seed if seed is None else seed
+        dtype = self.table.store.values.dtype
+        return ops.philox_normal(seed, stream, step, row_ids.long(), self.latent_dim, draw=draw, dtype=dtype)
+
+    def sample_values(
+        self,
+        values: Tensor,
+        *,
+        row_ids: Tensor,
+        stream: str,
+        step: int | Tensor = 0,
+        sample: bool = True,
+        seed: int | None = None,
+        draw: int = 0,
+    ) -> tuple[Tensor, Tensor]:
+        """z [B, T] and kl [B] of row parameters `values` [B, C], of this table or of new rows."""
+        noise = self.noise(row_ids, stream, step, seed=seed, draw=draw) if sample else None
+        return self._sample(values, noise)
+
+    def _sample(self, values: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    def mean_of(self, values: Tensor) -> Tensor:
+        """Posterior mean [B, T] of row parameters [B, C]."""
+        return self._sample(values, None)[0]
+
+    def log_std_of(self, values: Tensor) -> Tensor:
+        """Log of the posterior's standard deviation [B, T], of row parameters [B, C]."""
+        return values[:, self.table.store.slices[-1]]
+
+    def initial_values(self, row_ids: Tensor) -> Tensor:
+        """Row parameters [B, C] from which a new row with this id (int64 [B]) starts."""
+        raise NotImplementedError
+
+    def set_prior(self, rows: Tensor) -> None:
+        """Give rows (int64 [B]) the prior N(0, I): all of a row's parameters are zero there."""
+        self.table.store.assign_rows(rows, self.table.store.values.new_zeros(len(rows), self.table.dim))
+
+    def mean(self, rows: Tensor) -> Tensor:
+        """Posterior mean [B, T] of rows (int64 [B])."""
+        return self.mean_of(self.table(rows))
+
+    def log_std(self, rows: Tensor) -> Tensor:
+        """Log of the posterior's standard deviation [B, T] of rows (int64 [B])."""
+        return self.log_std_of(self.table(rows))
+
+    def distribution(self, rows: Tensor) -> torch.distributions.Normal:
+        """q(z|x_rows) as a torch distribution over [B, T]."""
+        values = self.table(rows)
+        return torch.distributions.Normal(self.mean_of(values), self.log_std_of(values).exp())
+
+
+class RelayPosterior(_RowPosterior):
+    """q(z|x_i) = N(mu_i, diag(sigma_i^2)) with mu_i = sum of a_ik r_k over the selected relays + e_i (eqs. 3 to 5).
+
+    num_rows, latent_dim: N and T. groups: relays in each group. active: |B| of each group, an int (a count) or a float in (0, 1]
+    (a share), or one for each group; 1 is the clustering form, 1.0 takes all relays. coefficients: "linear", or "softmax" (the
+    mixture form). relay_std, coef_std, residual_std, log_std: initial values; seed: of initial values and noise.
+    """
+
+    def __init__(
+        self,
+        num_rows: int,
+        latent_dim: int,
+        groups: Sequence[int] = (25, 50, 100),
+        active: int | float | Sequence[int | float] = 0.5,
+        *,
+        coefficients: str = "linear",
+        relay_std: float = 1.0,
+        coef_std: float = 0.1,
+        residual_std: float = 0.01,
+        log_std: float = -1.0,
+        seed: int = 0,
+        dtype: torch.dtype | None = None,
+        moments: bool = True,
+    ):
+        groups = ops.check_groups(groups)
+        counts = ops.active_counts(groups, active)
+        if coefficients not in ops.COEFFICIENTS:
+            raise ValueError(f"coefficients must be 'linear' or 'softmax'; got {coefficients!r}")
+        num_relays = sum(groups)
+        widths = {"coef": num_relays, "residual": latent_dim, "log_std": latent_dim}
+        init_std = {"coef": coef_std, "residual": residual_std, "log_std": 0.0}
+        table = RowTable(
+            num_rows, sum(widths.values()), dtype, columns=widths, init_std=init_std, seed=seed, moments=moments
+        )
+        super().__init__(table, latent_dim, seed)
+        self.groups, self.active, self.coefficients = groups, counts, coefficients
+        self.init_std, self.init_log_std = init_std, float(log_std)
+        table.store.values[:, 0, table.store.slices[2]] = self.init_log_std
+        relays = ops.philox_normal(seed, "init", 0, torch.arange(num_relays), latent_dim, draw=DRAW_RELAYS)
+        self.relays = nn.Parameter((relay_std * relays).to(table.store.values.dtype))
+
+    def _sample(self, values: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+        coef, residual, log_std = (values[:, span] for span in self.table.store.slices)
+        return ops.relay_sample(
+            coef, residual, log_std, self.relays, self.groups, self.active, noise, self.coefficients
+        )
+
+    def initial_values(self, row_ids: Tensor) -> Tensor:
+        num_relays = self.relays.shape[0]
+        noise = ops.philox_normal(self.seed, "init", 0, row_ids, num_relays + self.latent_dim, draw=DRAW_ROWS)
+        coef, residual = noise.split([num_relays, self.latent_dim], dim=1)
+        log_std = torch.full_like(residual, self.init_log_std)
+        values = torch.cat((self.init_std["coef"] * coef, self.init_std["residual"] * residual, log_std), dim=1)
+        return values.to(self.relays.dtype)
+
+    def partial_mean_of(self, values: Tensor, up_to_group: int | None, residual: bool) -> Tensor:
+        """The mean [B, T] from the first `up_to_group` groups only (None: all), with or without the residual."""
+        used = len(self.groups) if up_to_group is None else up_to_group
+        if not 0 <= used <= len(self.groups):
+            raise ValueError(f"up_to_group must lie in 0 .. {len(self.groups)}; got {up_to_group}")
+        coef, rest, _ = (values[:, span] for span in self.table.store.slices)
+        mean = rest if residual else torch.zeros_like(rest)
+        if used:
+            width = sum(self.groups[:used])
+            args = (self.relays[:width], self.groups[:used], self.active[:used], self.coefficients)
+            mean = mean + ops.relay_mean(coef[:, :width], *args)
+        return mean
+
+    def extra_repr(self) -> str:
+        return f"latent_dim={self.latent_dim}, groups={self.groups}, active={self.active}"
+
+
+class MeanFieldPosterior(_RowPosterior):
+    """q(z|x_i) = N(mu_i, diag(sigma_i^2)) with mu_i free: the variational auto-decoder (VAD), RVI without relays.
+
+    mean_std, log_std: initial values; seed: of initial values and noise.
+    """
+
+    def __init__(
+        self,
+        num_rows: int,
+        latent_dim: int,
+        *,
+        mean_std: float = 0.01,
+        log_std: float = -1.0,
+        seed: int = 0,
+        dtype: torch.dtype | None = None,
+        moments: bool = True,
+    ):
+        widths = {"mean": latent_dim, "log_std": latent_dim}
+        init_std = {"mean": mean_std, "log_std": 0.0}
+        table = RowTable(num_rows, 2 * latent_dim, dtype, columns=widths, init_std=init_std, seed=seed, moments=moments)
+        super().__init__(table, latent_dim, seed)
+        self.init_std, self.init_log_std = init_std, float(log_std)
+        table.store.values[:, 0, table.store.slices[1]] = self.init_log_std
+
+    def _sample(self, values: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+        mean, log_std = (values[:, span] for span in self.table.store.slices)
+        return ops.gaussian_sample(mean, log_std, noise)
+
+    def initial_values(self, row_ids: Tensor) -> Tensor:
+        noise = ops.philox_normal(self.seed, "init", 0, row_ids, self.latent_dim, draw=DRAW_ROWS)
+        values = torch.cat((self.init_std["mean"] * noise, torch.full_like(noise, self.init_log_std)), dim=1)
+        return values.to(self.table.store.values.dtype)
+
+    def extra_repr(self) -> str:
+        return f"latent_dim={self.latent_dim}"
+
+
+class MLPDecoder(nn.Module):
+    """z [B, T] -> xhat [B, D] through hidden layers, and beside them a linear path from z if asked for.
+
+    hidden: widths, () for a linear decoder. linear_path: the last layer also sees z itself. activation: "relu", "silu",
+    "tanh" or "gelu". The last layer, `head`, is applied to features(z).
+    """
+
+    def __init__(
+        self,
+        latent_dim: int,
+        out_dim: int,
+        hidden: Sequence[int] = (64, 64),
+        *,
+        linear_path: bool = False,
+        activation: str = "relu",
+    ):
+        super().__init__()
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}")
+        widths = (latent_dim, *hidden)
+        if any(isinstance(w, bool) or not isinstance(w, int) or w < 1 for w in (*widths, out_dim)):
+            raise ValueError(f"latent_dim, out_dim and hidden must be positive ints; got {latent_dim}, {out_dim}, {hidden}")
+        self.linear_path = linear_path and bool(hidden)
+        layers: list[nn.Module] = []
+        for n_in, n_out in zip(widths[:-1], widths[1:], strict=True):
+            layers += [nn.Linear(n_in, n_out), ACTIVATIONS[activation]()]
+        self.mlp = nn.Sequential(*layers)
+        self.head = nn.Linear(widths[-1] + (latent_dim if self.linear_path else 0), out_dim)
+
+    def features(self, z: Tensor) -> Tensor:
+        """The last layer's input [B, H]."""
+        h = self.mlp(z)
+        return torch.cat((h, z), dim=1) if self.linear_path else h
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.head(self.features(z))

@@ -1,0 +1,204 @@
+"""What a user hands in (array, tensor, memmap, DataFrame; NaN or a mask for holes), read in batches in the model's units."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+CELLS_AT_ONCE = 1 << 22  # whole-data passes go in blocks of about this many cells
+
+
+class Observations:
+    """X [N, D] with its observed cells. Holds the user's memory, not a copy, wherever the container allows it.
+
+    X: numpy array or memmap, torch tensor, pandas DataFrame or nested lists; bool, integer or float. mask: bool [N, D], True =
+    observed; without it NaN means missing. Raises on wrong shapes or types, infinity, and NaN under mask True.
+    """
+
+    def __init__(self, X: Any, mask: Any = None):
+        self.container = X
+        self.names = [str(c) for c in X.columns] if _is_frame(X) else None
+        self.values = _as_matrix(X, "X")
+        self.mask = None if mask is None else _as_mask(mask, self.values.shape)
+
+    def __len__(self) -> int:
+        return self.values.shape[0]
+
+    @property
+    def num_columns(self) -> int:
+        return self.values.shape[1]
+
+    def blocks(self) -> Iterator[slice]:
+        size = max(1, CELLS_AT_ONCE // max(1, self.num_columns))
+        return (slice(start, min(start + size, len(self))) for start in range(0, len(self), size))
+
+    def column_name(self, column: int) -> str:
+        return f"{column} ({self.names[column]!r})" if self.names else str(column)
+
+    def read(self, rows: Any) -> tuple[np.ndarray, np.ndarray]:
+        """The cells of rows (slice or indices) and which are observed: [B, D] in the user's units and dtype, bool [B, D]."""
+        values = np.ascontiguousarray(self.values[rows])  # one order of cells, one order of sums
+        if self.mask is not None:
+            return values, np.asarray(self.mask[rows])
+        if values.dtype.kind == "f":
+            return values, ~np.isnan(values)
+        return values, np.ones(values.shape, dtype=bool)
+
+    def check(self) -> None:
+        """Raise on infinity, and on NaN where the mask says observed."""
+        if self.values.dtype.kind != "f":
+            return
+        for block in self.blocks():
+            values, observed = self.read(block)
+            bad = ~np.isfinite(values) & observed
+            if bad.any():
+                row, column = (int(i[0]) for i in np.nonzero(bad))
+                value = values[row, column]
+                where = f"X[{block.start + row}, {self.column_name(column)}]"
+                if np.isnan(value):
+                    raise ValueError(f"{where} is NaN but mask says observed; set mask to False there")
+                raise ValueError(f"{where} is {value}; replace infinities by NaN (missing) or by a finite number")
+
+    def row_ids(self, block: int = 1 << 14) -> Tensor:
+        """A 64-bit hash of every row's float32 values and mask, int64 [N]: equal rows get equal ids, wherever they stand."""
+        ids = np.empty(len(self), dtype=np.uint64)
+        for start in range(0, len(self), block):
+            values, observed = self.read(slice(start, start + block))
+            bits = np.where(observed, values, np.nan).astype(np.float32) + np.float32(0)  # -0.0 becomes 0.0
+            words = np.where(observed, bits.view(np.uint32), np.uint32(0x7FC00001)).astype(np.uint64)
+            column = np.arange(1, self.num_columns + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+            ids[start : start + block] = _mix(_mix(words + column).sum(axis=1, dtype=np.uint64))
+        return torch.from_numpy(ids.view(np.int64))
+
+    def like_container(self, values: np.ndarray) -> Any:
+        """values [N, D] in the kind of container that X came in."""
+        if _is_frame(self.container):
+            frame = type(self.container)(values, index=self.container.index, columns=self.container.columns)
+            return frame
+        return torch.from_numpy(values) if isinstance(self.container, Tensor) else values
+
+    def output_dtype(self) -> np.dtype:
+        """The float type that holds X's observed cells exactly."""
+        dtype = self.values.dtype
+        if dtype.kind == "f":
+            return dtype
+        return np.dtype(np.float32 if dtype.itemsize <= 2 else np.float64)
+
+
+def _mix(h: np.ndarray) -> np.ndarray:
+    """SplitMix64's finaliser: every bit of h reaches every bit of the result."""
+    h = (h ^ (h >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    h = (h ^ (h >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return h ^ (h >> np.uint64(31))
+
+
+def _is_frame(X: Any) -> bool:
+    return hasattr(X, "columns") and hasattr(X, "to_numpy")
+
+
+def _as_matrix(X: Any, name: str) -> np.ndarray:
+    if _is_frame(X):
+        _check_frame(X)
+        values = X.to_numpy(dtype=None if len(set(X.dtypes)) == 1 and X.dtypes.iloc[0].kind in "biuf" else np.float64)
+    elif isinstance(X, Tensor):
+        dense = X.detach().cpu()
+        values = (dense.float() if dense.dtype == torch.bfloat16 else dense).numpy()
+    elif isinstance(X, np.ndarray):
+        values = X
+    else:
+        try:
+            values = np.asarray(X)
+        except ValueError as error:
+            raise ValueError(f"{name} must be rectangular, rows of equal length; {error}") from None
+    if values.dtype.kind not in "biuf" or values.dtype.itemsize > 8:
+        raise TypeError(f"{name} must hold bool, integer or float numbers of at most 64 bits; got dtype {values.dtype}")
+    if values.ndim != 2:
+        raise ValueError(f"{name} must have shape [N, D]; got {list(values.shape)}; use reshape(len(X), -1)")
+    if 0 in values.shape:
+        raise ValueError(f"{name} must have at least one row and one column; got shape {list(values.shape)}")
+    return values
+
+
+def _check_frame(X: Any) -> None:
+    for column, dtype in zip(X.columns, X.dtypes, strict=True):
+        if getattr(dtype, "kind", "O") not in "biuf":
+            raise TypeError(f"X's column {column!r} has dtype {dtype}; drop it, or encode it as numbers first")
+
+
+def _as_mask(mask: Any, shape: tuple[int, ...]) -> np.ndarray:
+    array = mask.to_numpy() if _is_frame(mask) else mask.cpu().numpy() if isinstance(mask, Tensor) else np.asarray(mask)
+    if array.dtype != bool:
+        raise TypeError(f"mask must be bool, True = observed; got dtype {array.dtype}")
+    if array.shape != shape:
+        raise ValueError(f"mask must have X's shape {list(shape)}; got {list(array.shape)}")
+    return array
+
+
+@dataclasses.dataclass
+class ColumnUnits:
+    """How each column's user units map to the model's: model = (user - shift) / scale. float64 [D] each."""
+
+    shift: np.ndarray
+    scale: np.ndarray
+    constant: np.ndarray  # bool: a column that showed one value only, or none; it is returned as `shift`
+
+    def to_model(self, values: np.ndarray, observed: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Cells in the user's units -> float32 [B, D] in the model's, 0 where missing; and the mask, bool [B, D]."""
+        wide = values.astype(np.float64 if values.dtype.itemsize > 4 else np.float32, copy=False)
+        model = (wide - self.shift.astype(wide.dtype)) / self.scale.astype(wide.dtype)
+        return torch.from_numpy(np.where(observed, model, 0.0).astype(np.float32)), torch.from_numpy(observed)
+
+    def to_user(self, model: np.ndarray) -> np.ndarray:
+        """The model's units [..., D] -> float64 in the user's; constant columns as they were."""
+        user = model * self.scale + self.shift
+        user[..., self.constant] = self.shift[self.constant]
+        return user
+
+
+@dataclasses.dataclass
+class ColumnStatistics:
+    """Statistics of the observed cells, one entry a column."""
+
+    count: np.ndarray
+    mean: np.ndarray
+    std: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+    @classmethod
+    def of(cls, data: Observations) -> ColumnStatistics:
+        """One pass over the data: means and squared deviations of blocks, merged."""
+        d = data.num_columns
+        count, mean, square = np.zeros(d), np.zeros(d), np.zeros(d)
+        low, high = np.full(d, math.inf), np.full(d, -math.inf)
+        for block in data.blocks():
+            values, observed = data.read(block)
+            wide = np.where(observed, values, 0).astype(np.float64)
+            n = observed.sum(0)
+            block_mean = wide.sum(0) / np.maximum(n, 1)
+            deviation = np.where(observed, wide - block_mean, 0.0)
+            total = count + n
+            weight = n / np.maximum(total, 1)
+            gap = block_mean - mean
+            square += (deviation * deviation).sum(0) + gap * gap * count * weight
+            mean += gap * weight
+            count = total
+            low = np.minimum(low, np.where(observed, wide, math.inf).min(0))
+            high = np.maximum(high, np.where(observed, wide, -math.inf).max(0))
+        return cls(count, mean, np.sqrt(square / np.maximum(count, 1)), low, high)
+
+    def units(self, standardize: bool, fixed_scale: float = 1.0) -> ColumnUnits:
+        """Zero mean and unit variance in the model if standardize, else model = user / fixed_scale."""
+        constant = self.low >= self.high
+        if standardize:
+            shift, scale = self.mean.copy(), np.where(constant, 1.0, self.std)
+        else:
+            shift, scale = np.zeros_like(self.mean), np.full_like(self.mean, fixed_scale)
+        shift[constant] = np.where(self.count > 0, self.low, 0.0)[constant]
+        return ColumnUnits(shift, scale, constant)

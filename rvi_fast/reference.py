@@ -1,0 +1,252 @@
+"""The equations of Relay Variational Inference in plain PyTorch: the specification that every kernel is tested against.
+
+Equation numbers are those of the RVI paper (arXiv 2110.13422) as listed in docs/math.md. Everything works in float32 and
+float64 and is differentiable by autograd where a gradient makes sense. Nothing here checks its input; `ops` does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
+
+STREAMS = {"train": 0, "infer": 1, "impute": 2, "init": 3, "permutation": 4}
+
+PHILOX_ROUNDS = 10
+PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
+WORD = 0xFFFFFFFF
+
+
+# --- noise: a pure function of (seed, stream, step, row id, latent index) ---
+
+
+def philox(key: tuple[int, int], counter: Sequence[Tensor | int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox-4x32-10. key: two 32-bit words; counter: four int64 tensors (or ints) of 32-bit words that broadcast.
+
+    Returns four int64 tensors of 32-bit words. int64 products wrap, which leaves all 64 bits of a 32 x 32 product right.
+    """
+    c0, c1, c2, c3 = torch.broadcast_tensors(*(torch.as_tensor(c) for c in _on_one_device(counter)))
+    k0, k1 = key
+    for _ in range(PHILOX_ROUNDS):
+        p0, p1 = c0 * PHILOX_MULTIPLIERS[0], c2 * PHILOX_MULTIPLIERS[1]
+        c0, c1, c2, c3 = (p1 >> 32 & WORD) ^ c1 ^ k0, p1 & WORD, (p0 >> 32 & WORD) ^ c3 ^ k1, p0 & WORD
+        k0, k1 = k0 + PHILOX_WEYL[0] & WORD, k1 + PHILOX_WEYL[1] & WORD
+    return c0, c1, c2, c3
+
+
+def _on_one_device(counter: Sequence[Tensor | int]) -> list[Tensor | int]:
+    device = next(c.device for c in counter if isinstance(c, Tensor))
+    return [c if isinstance(c, Tensor) else torch.tensor(c, device=device) for c in counter]
+
+
+def philox_words(seed: int, stream: str, step: Tensor | int, row_ids: Tensor, blocks: int, draw: int = 0) -> Tensor:
+    """Random 32-bit words: row_ids int64 [B] -> int64 [B, blocks, 4]."""
+    latent_block = torch.arange(blocks, device=row_ids.device)
+    low, high = row_ids[:, None] & WORD, row_ids[:, None] >> 32 & WORD
+    key = (seed & WORD, seed >> 32 & WORD)
+    c3 = latent_block | draw << 12 | STREAMS[stream] << 28
+    return torch.stack(philox(key, (low, high, step, c3)), dim=2)
+
+
+def philox_normal(
+    seed: int, stream: str, step: Tensor | int, row_ids: Tensor, dim: int, draw: int = 0, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Standard normals by Box-Muller from Philox words: row_ids int64 [B] -> [B, dim]."""
+    words = philox_words(seed, stream, step, row_ids, blocks=-(-dim // 4), draw=draw)
+    uniform = ((words.float() + 0.5) * 2.0**-32).to(dtype)
+    radius = torch.sqrt(-2.0 * torch.log(uniform[..., 0::2]))
+    angle = 2 * math.pi * uniform[..., 1::2]
+    pairs = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=3)  # [B, blocks, 2, 2]
+    return pairs.flatten(1)[:, :dim]
+
+
+def permutation(seed: int, epoch: int, n: int, block: int = 1 << 16) -> Tensor:
+    """The order of n rows in an epoch: int64 [n] on the CPU, the rows sorted by a keyed 63-bit word."""
+    order_key = torch.empty(n, dtype=torch.int64)
+    for start in range(0, n, block):
+        rows = torch.arange(start, min(start + block, n))
+        words = philox_words(seed, "permutation", epoch, rows, blocks=1)[:, 0]
+        order_key[start : start + block] = words[:, 0] << 31 | words[:, 1] >> 1
+    return torch.argsort(order_key, stable=True)
+
+
+# --- the approximate posterior ---
+
+
+def select(coef: Tensor, active: int) -> Tensor:
+    """B_i: the `active` coefficients that are largest in absolute value, ties to the lower index (eq. 5).
+
+    coef: [B, K]. Returns bool [B, K].
+    """
+    largest = torch.sort(coef.detach().abs(), dim=1, descending=True, stable=True).indices[:, :active]
+    return torch.zeros_like(coef, dtype=torch.bool).scatter_(1, largest, True)
+
+
+def relay_weights(coef: Tensor, groups: Sequence[int], active: Sequence[int], coefficients: str = "linear") -> Tensor:
+    """a_i on B_i and 0 elsewhere, group by group; "softmax" (the mixture form) normalises a group before selection.
+
+    coef: [B, K_total]. Returns [B, K_total]; gradient reaches selected entries only.
+    """
+    kept = []
+    for a, n_active in zip(coef.split(list(groups), dim=1), active, strict=True):
+        weight = a.softmax(1) if coefficients == "softmax" else a
+        kept.append(torch.where(select(weight, n_active), weight, 0.0))
+    return torch.cat(kept, dim=1)
+
+
+def relay_mean(
+    coef: Tensor, relays: Tensor, groups: Sequence[int], active: Sequence[int], coefficients: str = "linear"
+) -> Tensor:
+    """mu_i^R = sum over groups g, over k in B_i^g, of a_ik r_k (eq. 4).
+
+    coef: [B, K_total]; relays: [K_total, T]; groups sum to K_total. Returns [B, T].
+    """
+    return relay_weights(coef, groups, active, coefficients) @ relays
+
+
+def gaussian_sample(mean: Tensor, log_std: Tensor, noise: Tensor) -> Tensor:
+    """z = mu + sigma * lambda (eq. 6). All [B, T]."""
+    return mean + log_std.exp() * noise
+
+
+def gaussian_kl(mean: Tensor, log_std: Tensor) -> Tensor:
+    """KL(N(mu, sigma^2) || N(0, I)), summed over latents (eq. 2, second term). [B, T], [B, T] -> [B]."""
+    return (0.5 * (mean * mean + (2 * log_std).exp() - 1.0) - log_std).sum(1)
+
+
+# --- likelihoods of the observed entries ---
+
+
+def masked_gaussian_nll(xhat: Tensor, x: Tensor, mask: Tensor, scale: Tensor) -> Tensor:
+    """Negative log-likelihood of the observed entries under N(xhat, scale^2), summed over columns (eq. 2, first term).
+
+    xhat, x: [B, D]; mask: [B, D] bool, True = observed; scale: [D] or [], > 0. Returns [B].
+    """
+    r = torch.where(mask, (torch.where(mask, x, 0.0) - xhat) / scale, 0.0)
+    const = torch.where(mask, scale.log() + HALF_LOG_2PI, 0.0)
+    return (0.5 * r * r + const).sum(1)
+
+
+def masked_bernoulli_nll(logits: Tensor, x: Tensor, mask: Tensor) -> Tensor:
+    """Negative log-likelihood of the observed entries under Bernoulli(sigmoid(logits)); x in [0, 1].
+
+    logits, x: [B, D]; mask: [B, D] bool, True = observed. Returns [B].
+    """
+    x = torch.where(mask, x, 0.0)
+    nll = torch.clamp(logits, min=0) - logits * x + torch.log1p(torch.exp(-logits.abs()))
+    return torch.where(mask, nll, 0.0).sum(1)
+
+
+def linear_masked_gaussian_nll(h: Tensor, weight: Tensor, bias: Tensor, x: Tensor, mask: Tensor, scale: Tensor) -> Tensor:
+    """masked_gaussian_nll of xhat = h W' + b. h: [B, H]; weight: [D, H]; bias: [D]. Returns [B]."""
+    return masked_gaussian_nll(h @ weight.T + bias, x, mask, scale)
+
+
+# --- Adam over rows: one step, and the closed form of the steps that a row missed (docs/math.md) ---
+
+
+class AdamHyper(NamedTuple):
+    """Adam's decay rates and epsilon."""
+
+    beta1: float
+    beta2: float
+    eps: float
+
+    def bias_corrections(self, u: Tensor | int | float) -> tuple[Tensor, Tensor]:
+        """1 - beta^u for both betas, as float64 without cancellation. u: step numbers >= 1."""
+        u = torch.as_tensor(u, dtype=torch.float64)
+        return -torch.expm1(u * _log(self.beta1)), -torch.expm1(u * _log(self.beta2))
+
+    def window(self) -> int | None:
+        """Steps after which a row's momentum no longer moves it (relative 1e-16); None where it does not die out."""
+        rho = self.beta1 / math.sqrt(self.beta2) if self.beta2 > 0 else math.inf
+        if rho == 0:
+            return 0
+        return math.ceil(math.log(1e-16 * (1 - rho)) / math.log(rho)) if rho < 1 else None
+
+    def closed_form(self) -> bool:
+        """Whether two Gauss nodes are exact enough; else every missed step is summed."""
+        return self.beta1 < self.beta2**2
+
+
+def _log(beta: float) -> float:
+    return math.log(beta) if beta > 0 else -math.inf
+
+
+def adamw_step(
+    p: Tensor, m: Tensor, v: Tensor, grad: Tensor, u: Tensor | int, lr: float, hyper: AdamHyper, weight_decay: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """AdamW's step number u (an int, or float64 [B]: one per row) of rows p, m, v, grad [B, C]. Returns new p, m, v."""
+    bc1, bc2 = (_per_row(c, p) for c in hyper.bias_corrections(u))
+    m = torch.lerp(m, grad, 1 - hyper.beta1)
+    v = torch.lerp(v, grad * grad, 1 - hyper.beta2)  # b2 v + (1 - b2) g^2 would round b2 to float32 at every step
+    return p * (1 - lr * weight_decay) - lr / bc1 * m / (v.sqrt() / bc2.sqrt() + hyper.eps), m, v
+
+
+def skipped_weights(hyper: AdamHyper, age: Tensor) -> Tensor:
+    """b1^j / b2^(j (i+1) / 2) for i in 0..3: what a moment of a skipped step keeps after j = `age` steps. [W] -> [4, W]."""
+    half_orders = 0.5 * torch.arange(1, 5, dtype=torch.float64, device=age.device)
+    return torch.exp(age * (_log(hyper.beta1) - half_orders[:, None] * _log(hyper.beta2)))
+
+
+class Missed(NamedTuple):
+    """All that a row needs to be brought up to date: two Gauss nodes and three decays, float64 [B] each."""
+
+    weight1: Tensor
+    node1: Tensor
+    weight2: Tensor
+    node2: Tensor
+    decay: Tensor
+    decay_m: Tensor
+    decay_v: Tensor
+
+
+def gauss_nodes(f: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Two-node Gauss rule (w1, e1, w2, e2) of the measure with moments F0..F3. f: float64 [4, B]."""
+    f0 = torch.where(f[0] > 0, f[0], 1.0)
+    a, second, third = f[1] / f0, f[2] / f0, f[3] / f0
+    var = second - a * a
+    skew = third - 3 * a * second + 2 * a**3
+    one = (var <= 1e-12 * a * a) | (f[0] <= 0)
+    h = skew / (2 * torch.where(one, 1.0, var))
+    r = torch.sqrt(h * h + torch.where(one, 1.0, var))
+    w1 = torch.where(one, f[0], f[0] * (h + r) / (2 * r))
+    return w1, torch.where(one, a, a + h - r), f[0] - w1, torch.where(one, a, a + h + r)
+
+
+def catch_up(p: Tensor, m: Tensor, v: Tensor, missed: Missed, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows p, m, v [B, C] as dense AdamW would have left them after the missed steps, all with zero gradient."""
+    w1, e1, w2, e2, decay, decay_m, decay_v = (_per_row(c, p) for c in missed)
+    root = v.sqrt()
+    safe1, safe2 = root + eps * e1, root + eps * e2  # zero only where nothing was missed
+    moved = torch.where(m != 0, w1 / torch.where(safe1 > 0, safe1, 1.0) + w2 / torch.where(safe2 > 0, safe2, 1.0), 0.0)
+    return (p - m * moved) * decay, m * decay_m, v * decay_v
+
+
+def missed_displacement(
+    m: Tensor, v: Tensor, age: Tensor, step: Tensor, lr: Tensor, regrow: Tensor, hyper: AdamHyper
+) -> Tensor:
+    """The displacement of rows summed step by step, where two nodes are not enough: gradients that meet eps.
+
+    m, v: [B, C]; age: [J], steps since the row was touched; step, lr, regrow: float64 [B, J], the step's number, its
+    learning rate (0 where the row missed fewer steps) and exp(logD[touched] - logD[step]). Returns float64 [B, C].
+    """
+    bc1, bc2 = hyper.bias_corrections(step)
+    weight = lr * regrow * hyper.beta1**age / bc1
+    shrink = torch.sqrt(hyper.beta2**age / bc2)
+    m, root = m.double(), v.double().sqrt()
+    moved = torch.zeros_like(m)
+    for j in range(len(age)):
+        moved += weight[:, j, None] * m / (root * shrink[:, j, None] + hyper.eps)
+    return moved
+
+
+def _per_row(value: Tensor, like: Tensor) -> Tensor:
+    """float64 scalars, [] or [B], as a factor of `like` [B, C]: powers are taken in float64 and cast only here."""
+    return value.to(like.dtype)[..., None] if value.ndim else value.to(like.dtype)

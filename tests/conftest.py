@@ -1,0 +1,30 @@
+"""Backends under test: every operator's tests run on each of them."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import rvi_fast
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+TRITON_RUNS = importlib.util.find_spec("triton") is not None and (INTERPRETED or torch.cuda.is_available())
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and (INTERPRETED or not torch.cuda.is_available()):
+        pytest.skip("needs a GPU, and no interpreter")
+    if item.get_closest_marker("triton") and not TRITON_RUNS:
+        pytest.skip("needs triton and a GPU, or TRITON_INTERPRET=1")
+
+
+@pytest.fixture(params=["torch", pytest.param("triton", marks=pytest.mark.triton)])
+def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """Runs a test once with each backend in force, on a device that this backend runs on."""
+    with rvi_fast.backend(request.param):
+        yield torch.device("cuda" if request.param == "triton" and not INTERPRETED else "cpu")

@@ -1,0 +1,128 @@
+import numpy as np
+import pytest
+import torch
+
+from rvi_fast import RVI, VAD
+from rvi_fast.observations import Observations
+
+SMALL = dict(epochs=3, batch_size=32, progress=False)
+MODELS = [
+    (RVI, dict(latent_dim=5, hidden=(7,), groups=(5, 9), **SMALL)),
+    (RVI, dict(latent_dim=64, hidden=(64, 64), **SMALL)),
+    (VAD, dict(latent_dim=3, hidden=(), **SMALL)),
+]
+
+
+def data(n, d, seed=0):
+    rng = np.random.default_rng(seed)
+    X = rng.normal(size=(n, 3)) @ rng.normal(size=(3, d)) + 0.1 * rng.normal(size=(n, d))
+    return np.where(rng.random((n, d)) < 0.4, np.nan, X).astype(np.float32)
+
+
+def bits(posterior):
+    return torch.cat([posterior.mean, posterior.std, posterior.elbo[:, None], posterior.parameters], dim=1).view(torch.int32)
+
+
+@pytest.mark.parametrize("d", [1, 13, 65])
+@pytest.mark.parametrize("cls, kw", MODELS)
+def test_a_row_gets_the_same_bits_in_every_call(cls, kw, d):
+    """Alone, in any batch, in any order, with 1 and with 2 threads."""
+    model = cls(**kw).fit(data(80, d, seed=1), mask=None) if d > 1 else cls(**kw).fit(np.nan_to_num(data(80, 1, seed=1)))
+    X = data(150, d)
+    together = bits(model.infer(X, steps=12))
+    order = np.random.default_rng(3).permutation(150)
+    assert torch.equal(bits(model.infer(X[order], steps=12)), together[order])
+    for row in (0, 63, 64, 149):
+        assert torch.equal(bits(model.infer(X[row : row + 1], steps=12))[0], together[row])
+    assert torch.equal(bits(model.infer(X[10:117], steps=12)), together[10:117])
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            assert torch.equal(bits(model.infer(X, steps=12)), together)
+            assert torch.get_num_threads() == count, "infer gives the threads back"
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_results_that_follow_infer_do_not_depend_on_the_call_either():
+    model = RVI(**MODELS[0][1]).fit(data(80, 13, seed=1))
+    X = data(100, 13)
+    for result in (model.impute, model.reconstruct, model.score, model.embed):
+        assert np.array_equal(result(X, steps=5)[40:43], result(X[40:43], steps=5))
+    assert np.array_equal(model.impute(X, n_samples=2, steps=5)[:, 40:43], model.impute(X[40:43], n_samples=2, steps=5))
+
+
+def test_row_ids_key_the_noise():
+    model = RVI(**MODELS[0][1]).fit(data(80, 13, seed=1))
+    X = np.repeat(data(1, 13), 3, axis=0)
+    same = model.infer(X, steps=5).mean
+    assert torch.equal(same[0], same[1])
+    mean = model.infer(X, steps=5, row_ids=np.array([1, 2, 1])).mean
+    assert torch.equal(mean[0], mean[2]) and not torch.equal(mean[0], mean[1])
+
+
+def test_row_hashes_see_values_mask_and_place_only():
+    X = data(50, 7)
+    ids = Observations(X).row_ids()
+    assert len(set(ids.tolist())) == 50
+    order = np.random.default_rng(0).permutation(50)
+    assert torch.equal(Observations(X[order]).row_ids(), ids[order])
+    assert torch.equal(Observations(X.astype(np.float64)).row_ids(), ids)
+    mask = ~np.isnan(X)
+    assert torch.equal(Observations(np.where(mask, X, 5.0), mask).row_ids(), ids)
+    assert not torch.equal(Observations(X[:, ::-1].copy()).row_ids(), ids)
+    zeros = np.zeros((1, 3))
+    assert torch.equal(Observations(zeros).row_ids(), Observations(-zeros).row_ids())
+
+
+@pytest.mark.parametrize("cls, kw", MODELS[:1])
+def test_more_steps_fit_better_and_converge(cls, kw):
+    model = cls(**{**kw, "epochs": 60, "lr": 1e-2}).fit(data(200, 13, seed=1))
+    X = data(100, 13)
+    few, many = model.infer(X, steps=3, lr=0.03), model.infer(X, steps=300, lr=0.03)
+    assert many.elbo.mean() > few.elbo.mean() + 1
+    assert many.converged.float().mean() > 0.8 > few.converged.float().mean()
+
+
+def test_epochs_protocol_equals_dense_adam_over_minibatches():
+    """One row visited once every ceil(M / B) steps under dense Adam in float64, fed the same noise."""
+    model = RVI(**MODELS[0][1], lr=1e-3, schedule="constant").fit(data(80, 13, seed=1))
+    X, steps = data(100, 13), 30
+    got = model.infer(X, steps=steps, protocol="epochs").parameters
+    missed = -(-100 // model.batch_size_) - 1
+    assert missed == 3
+    module, row_ids = model.model_.double(), Observations(X).row_ids()
+    x, mask = model.units_.to_model(*Observations(X).read(slice(None)))
+    rows = torch.nn.Parameter(module.posterior.initial_values(row_ids).double())
+    adam = torch.optim.Adam([rows], lr=1e-3)
+    for step in range(steps):
+        for visit in range(missed + 1):
+            adam.zero_grad(set_to_none=False)
+            if visit == 0:
+                noise = module.posterior.noise(row_ids, "infer", step, seed=model.seed).float().double()
+                z, kl = module.posterior._sample(rows, noise)
+                nll = module.likelihood.nll(module.decoder(z), x.double(), mask)
+                module.row_loss(nll, kl).sum().backward()
+            elif rows.grad is None:
+                rows.grad = torch.zeros_like(rows)
+            if step < steps - 1 or visit == 0:
+                adam.step()
+    assert (got.double() - rows.detach()).abs().max() < 2e-5
+
+
+def test_row_protocol_does_not_depend_on_the_number_of_rows_but_epochs_does():
+    model = RVI(**MODELS[0][1]).fit(data(80, 13, seed=1))
+    X = data(100, 13)
+    assert torch.equal(bits(model.infer(X, steps=5))[:3], bits(model.infer(X[:3], steps=5)))
+    assert not torch.equal(
+        bits(model.infer(X, steps=5, protocol="epochs"))[:3], bits(model.infer(X[:3], steps=5, protocol="epochs"))
+    )
+
+
+def test_inference_changes_nothing_in_the_model():
+    model = RVI(**MODELS[0][1]).fit(data(80, 13, seed=1))
+    before = {k: v.clone() for k, v in model.model_.state_dict().items()}
+    model.infer(data(70, 13), steps=5)
+    assert all(torch.equal(before[k], v) for k, v in model.model_.state_dict().items())
+    assert all(p.grad is None for p in model.model_.decoder.parameters())
