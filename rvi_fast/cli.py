@@ -22,7 +22,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
 
     demo = commands.add_parser("demo", help="train on handwritten digits with half of the pixels hidden, and compare")
-    demo.add_argument("-o", "--out", default="rvi-fast-demo", help="folder for the model and the picture (default: %(default)s)")
+    demo.add_argument(
+        "-o", "--out", default="rvi-fast-demo", help="folder for the model and the picture (default: %(default)s)"
+    )
     demo.add_argument("--seed", type=int, default=0, help="of the holes and of the model (default: %(default)s)")
     demo.add_argument("--epochs", type=_positive, default=None, help="training epochs (default: the library's)")
     demo.add_argument("--quiet", action="store_true", help="no progress bar")

@@ -11,10 +11,10 @@ from torch import Tensor
 from . import reference
 from .reference import AdamHyper, Missed
 
-EPS_MEETS_GRADIENT = (
-    10.0  # a row is summed exactly where sqrt(v) < this * eps / c: two nodes err by more than 1e-7 there
-)
+# an entry is summed exactly where sqrt(v) < this * eps / c: two nodes err by more than 1e-7 there
+EPS_MEETS_GRADIENT = 10.0
 EARLY_STEPS = 250  # with the usual betas that can only happen to rows last touched this early
+TERMS_AT_ONCE = 1 << 20  # such sums go in blocks of about this many terms
 
 
 class Clock(Protocol):
@@ -58,9 +58,9 @@ class LazyClock:
 class AdamClock:
     """Four moments a step (and decay and learning rate) of the steps since the table was last flushed.
 
-    `steps` counts all steps of these columns (Adam's bias correction); `index` counts those since the flush. `history` is
-    float64 [6, capacity]: F0..F3, log of the accumulated weight decay, learning rate. A row whose `last` is s has missed
-    the steps s+1 .. index.
+    `steps` counts all steps of these columns (Adam's bias correction); `index` counts those since the flush. `history`
+    is float64 [6, capacity]: F0..F3, log of the accumulated weight decay, learning rate. A row whose `last` is s has
+    missed the steps s+1 .. index.
     """
 
     def __init__(self, hyper: AdamHyper, steps: int = 0, device: torch.device | str = "cpu"):
@@ -130,25 +130,32 @@ class AdamClock:
             return p, m, v
         missed = self.missed(last)
         now = reference.catch_up(p, m, v, missed, self.hyper.eps)
-        summed = self._summed_rows(m, v, last, missed)
-        if len(summed):
-            moved = self._missed_displacement(m[summed], v[summed], last[summed].long())
-            now[0][summed] = ((p[summed].double() - moved) * missed.decay[summed, None]).to(p.dtype)
+        summed = self._summed(m, v, last, missed)
+        rows = summed.any(1).nonzero()[:, 0]
+        if len(rows):
+            weight, shrink = self._missed_steps(last[rows].long())
+            for entries in summed[rows].nonzero().split(max(1, TERMS_AT_ONCE // weight.shape[1])):
+                row, column = entries.unbind(1)
+                at = rows[row], column
+                moved = reference.missed_displacement(m[at], v[at], weight[row], shrink[row], self.hyper.eps)
+                now[0][at] = ((p[at].double() - moved) * missed.decay[rows[row]]).to(p.dtype)
         return now
 
-    def _summed_rows(self, m: Tensor, v: Tensor, last: Tensor, missed: Missed) -> Tensor:
-        """Rows for which two nodes are not exact enough, as indices."""
+    def _summed(self, m: Tensor, v: Tensor, last: Tensor, missed: Missed) -> Tensor:
+        """Entries for which two nodes are not exact enough, bool [B, C]."""
         behind = last < self.index
         if not self.hyper.closed_form():
-            return behind.nonzero()[:, 0]
+            return behind[:, None] & (m != 0)
         if self.hyper.beta1 <= 0.9 and self.hyper.beta2 >= 0.999:
             behind = behind & (last + (self.steps - self.index) < EARLY_STEPS)
+        summed = torch.zeros_like(m, dtype=torch.bool)
         rows = behind.nonzero()[:, 0]
         floor = (EPS_MEETS_GRADIENT * self.hyper.eps * missed.node2[rows, None]).to(v.dtype)
-        tiny = (m[rows] != 0) & (v[rows].sqrt() < floor)
-        return rows[tiny.any(1)]
+        summed[rows] = (m[rows] != 0) & (v[rows].sqrt() < floor)
+        return summed
 
-    def _missed_displacement(self, m: Tensor, v: Tensor, last: Tensor) -> Tensor:
+    def _missed_steps(self, last: Tensor) -> tuple[Tensor, Tensor]:
+        """Weight and shrink [B, J] of the steps after `last` (int64 [B]), the first J of them that can matter."""
         missed = self.index - last
         longest = int(missed.max())
         length = longest if self._window is None else min(longest, self._window)
@@ -157,4 +164,4 @@ class AdamClock:
         lr = torch.where(age <= missed[:, None], self.history[5, index], 0.0)
         regrow = torch.exp(self.log_decay[last][:, None] - self.log_decay[index])
         step = (index + (self.steps - self.index)).double()
-        return reference.missed_displacement(m, v, age.double(), step, lr, regrow, self.hyper)
+        return reference.missed_steps(age.double(), step, lr, regrow, self.hyper)

@@ -24,9 +24,12 @@ class Settings:
     standardize: bool
     lr: float
     schedule: str
+    weight_decay: float
     batch_size: int
     epochs: int
 
+
+AUTO = tuple(f.name for f in dataclasses.fields(Settings) if f.name != "scale")  # arguments that may be "auto"
 
 TABLE = Settings(
     latent_dim=16,
@@ -36,6 +39,7 @@ TABLE = Settings(
     standardize=True,
     lr=1e-2,
     schedule="cosine",
+    weight_decay=0.0,
     batch_size=64,
     epochs=300,
 )
@@ -47,6 +51,7 @@ IMAGE = Settings(
     standardize=False,
     lr=3e-3,
     schedule="cosine",
+    weight_decay=0.0,
     batch_size=256,
     epochs=150,
 )
@@ -62,6 +67,7 @@ PAPER: dict[str, Any] = dict(
     standardize=False,
     lr=1e-3,
     schedule="constant",
+    weight_decay=0.0,
     batch_size=256,
     epochs=250,
     optimizer_mode="dense",
@@ -73,7 +79,7 @@ def settings_for(dtype: np.dtype, statistics: ColumnStatistics) -> Settings:
     """IMAGE for uint8, or for many columns that all lie in [0, 1]; else TABLE."""
     seen = statistics.count > 0
     in_unit_interval = bool((statistics.low[seen] >= 0).all() and (statistics.high[seen] <= 1).all())
-    if dtype == np.uint8 or in_unit_interval and len(seen) >= IMAGE_COLUMNS:
+    if dtype == np.uint8 or (in_unit_interval and len(seen) >= IMAGE_COLUMNS):
         return IMAGE
     return TABLE
 

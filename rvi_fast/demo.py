@@ -14,6 +14,7 @@ from .estimators import RVI
 
 HIDDEN_SHARE = 0.5
 SHOWN = 12  # images in the picture
+HOLE = "#d95f5f"
 
 
 def run(out: str, *, seed: int = 0, epochs: int | None = None, progress: bool = True) -> dict[str, float]:
@@ -28,7 +29,7 @@ def run(out: str, *, seed: int = 0, epochs: int | None = None, progress: bool = 
     holed = np.where(observed, X, np.nan).astype(np.float32)
     print(f"digits: {len(X)} images of 8 x 8 pixels, {HIDDEN_SHARE:.0%} of the pixels hidden (MCAR, seed {seed})\n")
 
-    model = RVI(seed=seed, progress=progress, **({} if epochs is None else {"epochs": epochs}))
+    model = RVI(seed=seed, progress=progress, epochs="auto" if epochs is None else epochs)
     methods: dict[str, Callable[[], np.ndarray]] = {
         "column means": lambda: np.where(observed, X, np.nanmean(holed, axis=0)),
         "5 nearest neighbours": lambda: _knn(holed),
@@ -44,7 +45,9 @@ def run(out: str, *, seed: int = 0, epochs: int | None = None, progress: bool = 
         seconds = time.perf_counter() - started
         errors[name] = metrics.rmse(X / scale, filled / scale, ~observed) ** 2
         print(f"{name:<22}{errors[name]:>24.3f}{seconds:>10.1f}", flush=True)
-    print("\nerror: mean squared, every pixel in units of its standard deviation (1 = no better than guessing the mean)")
+    print(
+        "\nerror: mean squared, every pixel in units of its standard deviation (1 = no better than guessing the mean)"
+    )
 
     model.save(folder / "model")
     print(f"model: {folder / 'model'} (RVI.load reads it)")
@@ -74,12 +77,10 @@ def _draw(path: Path, X: np.ndarray, holed: np.ndarray, filled: np.ndarray) -> P
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(3, SHOWN, figsize=(SHOWN, 3.3), layout="constrained")
-    grey = plt.get_cmap("gray_r").copy()
-    grey.set_bad("#d95f5f")
     for row, (title, images) in enumerate((("original", X), ("holed", holed), ("filled", filled))):
         for axis, image in zip(axes[row], images, strict=False):
-            axis.imshow(np.ma.masked_invalid(image.reshape(8, 8)), cmap=grey, vmin=0, vmax=1)
-            axis.set(xticks=[], yticks=[])
+            axis.imshow(image.reshape(8, 8), cmap="gray_r", vmin=0, vmax=1)  # NaN shows the background
+            axis.set(xticks=[], yticks=[], facecolor=HOLE)
         axes[row, 0].set_ylabel(title)
     figure.savefig(path, dpi=100)
     plt.close(figure)

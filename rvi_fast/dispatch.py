@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -14,10 +15,15 @@ CHOICES = ("auto", "torch", "triton")
 KERNELS = frozenset({"philox_normal"})  # ideas that have a file in kernels/
 
 
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
 def _checked(name: str) -> str:
     if name not in CHOICES:
         raise ValueError(f"backend must be one of {', '.join(CHOICES)}; got {name!r}")
-    if name == "triton" and importlib.util.find_spec("triton") is None:
+    if name == "triton" and not _has_triton():
         raise ImportError("backend 'triton' needs the triton package: pip install 'rvi_fast[triton]'")
     return name
 
@@ -52,6 +58,8 @@ def use_triton(op: str, device: torch.device) -> bool:
     choice = get_backend()
     if choice == "triton" and op not in KERNELS:
         raise NotImplementedError(f"{op} has no Triton kernel; choose backend 'auto' or 'torch'")
-    if choice == "triton":
-        return True
-    return choice == "auto" and op in KERNELS and device.type == "cuda" and importlib.util.find_spec("triton") is not None
+    if choice == "triton" and device.type == "cpu" and os.environ.get("TRITON_INTERPRET", "0") in ("", "0"):
+        raise ValueError(
+            f"backend 'triton' needs tensors on a GPU, but {op} got one on the CPU; choose 'auto' or 'torch'"
+        )
+    return choice == "triton" or (choice == "auto" and op in KERNELS and device.type == "cuda" and _has_triton())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import difflib
 import inspect
 import os
@@ -22,7 +21,7 @@ from .model import Encoder, EncoderModel, LatentModel, RowModel
 from .nn import ACTIVATIONS, MeanFieldPosterior, MLPDecoder, RelayPosterior
 from .observations import ColumnStatistics, ColumnUnits, Observations
 from .optim import MODES, RowAdam
-from .train import SCHEDULES, HiddenCells, Plan, Progress, Trainer
+from .train import SCHEDULES, HiddenCells, Plan, Trainer
 
 ROWS_AT_ONCE = 1024  # rows decoded together when reading results
 PATIENCE = 0.2  # early stopping waits for this share of the epochs
@@ -41,6 +40,7 @@ class Estimator:
     standardize: bool | str
     lr: float | str
     schedule: str
+    weight_decay: float | str
     batch_size: int | str
     epochs: int | str
     activation: str
@@ -48,6 +48,27 @@ class Estimator:
     seed: int
     device: str | torch.device
     progress: bool
+
+    # what fit makes of them
+    latent_dim_: int
+    hidden_: tuple[int, ...]
+    linear_path_: bool
+    likelihood_: Likelihood
+    standardize_: bool
+    lr_: float
+    schedule_: str
+    weight_decay_: float
+    batch_size_: int
+    epochs_: int
+    device_: torch.device
+    n_features_in_: int
+    feature_names_in_: list[str] | None
+    units_: ColumnUnits
+    model_: LatentModel
+    n_rows_: int
+    history_: dict[str, list[float]]
+    n_steps_: int
+    stopped_: str
 
     def _set_arguments(self, arguments: dict[str, Any]) -> None:
         """Store a constructor's arguments under their own names."""
@@ -63,7 +84,7 @@ class Estimator:
             value = getattr(self, name)
             if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} must be a positive int or 'auto'; got {value!r}")
-        for name in ("lr", "row_lr"):
+        for name in ("lr", "row_lr", "weight_decay"):
             value = getattr(self, name, "auto")
             if value not in ("auto", None) and not (isinstance(value, (int, float)) and 0 <= value < float("inf")):
                 raise ValueError(f"{name} must be a number of at least 0; got {value!r}")
@@ -71,8 +92,15 @@ class Estimator:
             raise ValueError(f"kl_weight must be a number of at least 0; got {self.kl_weight!r}")
         if self.schedule != "auto" and self.schedule not in SCHEDULES:
             raise ValueError(f"schedule must be 'auto' or one of {', '.join(SCHEDULES)}; got {self.schedule!r}")
-        if isinstance(self.likelihood, str) and self.likelihood != "auto" or not isinstance(self.likelihood, (str, Likelihood)):
-            raise TypeError(f"likelihood must be 'auto' or one of rvi_fast.likelihoods, such as Gaussian(0.1); got {self.likelihood!r}")
+        if (
+            (isinstance(self.likelihood, str)
+            and self.likelihood != "auto")
+            or not isinstance(self.likelihood, (str, Likelihood))
+        ):
+            raise TypeError(
+                "likelihood must be 'auto' or one of rvi_fast.likelihoods, such as Gaussian(0.1); "
+                f"got {self.likelihood!r}"
+            )
         if isinstance(self.hidden, str) and self.hidden != "auto":
             raise ValueError(f"hidden must be a sequence of widths, () for none, or 'auto'; got {self.hidden!r}")
         for name in ("linear_path", "standardize"):
@@ -111,11 +139,12 @@ class Estimator:
     ) -> Self:
         """Train on the observed cells of X.
 
-        X: [N, D] array, tensor, memmap or DataFrame; NaN = missing. mask: bool [N, D], True = observed. val_cells: share of the
-        observed cells to hide from training; it stops early when the error on them no longer falls, and keeps the best
-        state. max_steps: an upper bound of the optimisation steps. callbacks: called as callback(self, logs) after every
-        epoch, a true result stops. checkpoint_dir: where to save all of the training state every `checkpoint_every` steps
-        (default: an epoch); resume=True goes on from there. Ctrl-C ends the fit after the step at hand and leaves the model usable.
+        X: [N, D] array, tensor, memmap or DataFrame; NaN = missing. mask: bool [N, D], True = observed. val_cells:
+        share of the observed cells to hide from training; it stops early when the error on them no longer falls, and
+        keeps the best state. max_steps: an upper bound of the optimisation steps. callbacks: called as callback(self,
+        logs) after every epoch, a true result stops. checkpoint_dir: where to save all of the training state every
+        `checkpoint_every` steps (default: an epoch); resume=True goes on from there. Ctrl-C ends the fit after the
+        step at hand and leaves the model usable.
         """
         if not 0 <= val_cells < 1:
             raise ValueError(f"val_cells must be a share in [0, 1); got {val_cells}")
@@ -142,15 +171,19 @@ class Estimator:
     def _resolve(self, data: Observations, statistics: ColumnStatistics) -> None:
         """Replace every "auto" by what the data ask for; results carry a trailing underscore."""
         auto = defaults.settings_for(data.values.dtype, statistics)
-        for name in ("latent_dim", "hidden", "linear_path", "standardize", "lr", "schedule", "batch_size", "epochs"):
+        for name in defaults.AUTO:
             value = getattr(self, name)
             setattr(self, name + "_", getattr(auto, name) if isinstance(value, str) and value == "auto" else value)
-        self.hidden_ = tuple(self.hidden_)
+        self.hidden_ = tuple(self.hidden_)  # a list would do as well
         self.batch_size_ = min(self.batch_size_, len(data))
-        self.likelihood_ = defaults.likelihood_for(auto) if isinstance(self.likelihood, str) else copy.deepcopy(self.likelihood)
+        self.likelihood_ = (
+            defaults.likelihood_for(auto) if isinstance(self.likelihood, str) else copy.deepcopy(self.likelihood)
+        )
         if not self.likelihood_.standardizable:
             if self.standardize is True:
-                raise ValueError(f"standardize=True does not go with {type(self.likelihood_).__name__}, which needs X in [0, 1]")
+                raise ValueError(
+                    f"standardize=True does not go with {type(self.likelihood_).__name__}, which needs X in [0, 1]"
+                )
             self.standardize_ = False
         self._resolve_device()
         self.n_features_in_ = data.num_columns
@@ -166,10 +199,14 @@ class Estimator:
 
     def _decoder(self) -> MLPDecoder:
         return MLPDecoder(
-            self.latent_dim_, self.n_features_in_, self.hidden_, linear_path=self.linear_path_, activation=self.activation
+            self.latent_dim_,
+            self.n_features_in_,
+            self.hidden_,
+            linear_path=self.linear_path_,
+            activation=self.activation,
         )
 
-    def _make_model(self, num_rows: int, statistics: ColumnStatistics) -> LatentModel:
+    def _make_model(self, num_rows: int, statistics: ColumnStatistics | None) -> LatentModel:
         raise NotImplementedError
 
     def _build(self, num_rows: int, statistics: ColumnStatistics | None) -> None:
@@ -177,10 +214,11 @@ class Estimator:
             torch.manual_seed(self.seed)
             self.model_ = self._make_model(num_rows, statistics).to(self.device_)
         self.n_rows_ = num_rows
+        self.history_ = {}
         self._data: Observations | None = None
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
-        return [{"params": list(self.model_.parameters()), "lr": self.lr_}]
+        return [{"params": list(self.model_.parameters()), "lr": self.lr_, "weight_decay": self.weight_decay_}]
 
     def _trainer(self, data: Observations, val_cells: float, max_steps: int | None) -> Trainer:
         optimizer = RowAdam(self._parameter_groups(), mode=getattr(self, "optimizer_mode", "dense"))
@@ -216,7 +254,8 @@ class Estimator:
         self.n_steps_, self.stopped_ = progress.step, progress.stopped
         if progress.stopped == "interrupted":
             warnings.warn(
-                f"fit was interrupted after step {progress.step} of {trainer.total}; the model is usable as it is", stacklevel=3
+                f"fit was interrupted after step {progress.step} of {trainer.total}; the model is usable as it is",
+                stacklevel=3,
             )
 
     # new rows
@@ -234,9 +273,9 @@ class Estimator:
         """The posterior of new rows: decoder and relays stay as they are, each row fits its own parameters.
 
         X, mask: as in fit, [M, D]. steps: Adam steps a row. lr: their size (default: the training's row lr, with its
-        schedule). protocol: "row", each row by itself; "epochs", as minibatches of dense Adam over all M rows, the published
-        way. row_ids: int64 [M], what the rows' noise is keyed by; default a hash of the row, so that a row's result does
-        not depend on the others in the call.
+        schedule). protocol: "row", each row by itself; "epochs", as minibatches of dense Adam over all M rows, the
+        published way. row_ids: int64 [M], what the rows' noise is keyed by; default a hash of the row, so that a row's
+        result does not depend on the others in the call.
         """
         data = self._new_rows(X, mask)
         self._check_inference(steps, lr, protocol)
@@ -268,15 +307,17 @@ class Estimator:
         if data.names and self.feature_names_in_ and data.names != self.feature_names_in_:
             first = next(i for i, (a, b) in enumerate(zip(data.names, self.feature_names_in_, strict=True)) if a != b)
             raise ValueError(
-                f"X's column {first} is {data.names[first]!r}, but the model was fitted with {self.feature_names_in_[first]!r} "
-                "there; give the columns in the order of feature_names_in_"
+                f"X's column {first} is {data.names[first]!r}, but the model was fitted with "
+                f"{self.feature_names_in_[first]!r} there; give the columns in the order of feature_names_in_"
             )
         data.check()
         return data
 
     def _check_fitted(self) -> None:
         if not hasattr(self, "model_"):
-            raise RuntimeError(f"this {type(self).__name__} is not fitted; call fit(X) or {type(self).__name__}.load(dir) first")
+            raise RuntimeError(
+                f"this {type(self).__name__} is not fitted; call fit(X) or {type(self).__name__}.load(dir) first"
+            )
 
     # results
 
@@ -311,7 +352,7 @@ class Estimator:
 
     @torch.no_grad()
     def _decode(self, z: Tensor) -> np.ndarray:
-        """E[x | z] in the model's units, float32 [B, D]. Whole blocks, one thread, as in infer: bits do not depend on the call."""
+        """E[x | z] in the model's units, float32 [B, D], in whole blocks: bits do not depend on the rest of the call."""
         model = self.model_
         parts = []
         for block in z.split(BLOCK):
@@ -330,10 +371,11 @@ class Estimator:
     ) -> Any:
         """Fill the holes; observed cells come back bit for bit.
 
-        X, mask: new rows, or None for the training rows. n_samples: None fills with the decoder's output at the posterior
-        mean; an int L returns L fillings [L, N, D] with z drawn from the posterior (their mean is E[x_missing | x_observed]
-        under q, their spread the uncertainty of z). posterior: of these rows, from infer. Other keywords go to infer. Returns
-        the kind of container that X is; a list of DataFrames where n_samples is given and X is one.
+        X, mask: new rows, or None for the training rows. n_samples: None fills with the decoder's output at the
+        posterior mean; an int L returns L fillings [L, N, D] with z drawn from the posterior (their mean is
+        E[x_missing | x_observed] under q, their spread the uncertainty of z). posterior: of these rows, from infer.
+        Other keywords go to infer. Returns the kind of container that X is; a list of DataFrames where n_samples is
+        given and X is one.
         """
         if n_samples is not None and (isinstance(n_samples, bool) or not isinstance(n_samples, int) or n_samples < 1):
             raise ValueError(f"n_samples must be a positive int or None; got {n_samples!r}")
@@ -425,7 +467,8 @@ class Estimator:
         return out
 
     def sample(self, n: int, *, source: str = "prior", noise: bool = False, seed: int | None = None) -> np.ndarray:
-        """n new rows [n, D] in the user's units: z from the prior N(0, I), or from the posteriors of random training rows.
+        """n new rows [n, D] in the user's units: z from the prior N(0, I), or from the posteriors of random training
+        rows.
 
         noise: add the likelihood's own noise (False gives its mean). seed: default the model's.
         """
@@ -490,24 +533,33 @@ class RowEstimator(Estimator):
         rows = list(self.model_.posterior.table.parameters())
         owned = {id(p) for p in rows}
         shared = [p for p in self.model_.parameters() if id(p) not in owned]
-        return [{"params": rows, "lr": self._row_lr()}, {"params": shared, "lr": self.lr_}]
+        return [
+            {"params": rows, "lr": self._row_lr()},
+            {"params": shared, "lr": self.lr_, "weight_decay": self.weight_decay_},
+        ]
 
 
 class RVI(RowEstimator):
     """Relay Variational Inference: a generative model with no encoder, for data with any holes in it.
 
-    Every row i owns q(z|x_i) = N(mu_i, diag(sigma_i^2)); mu_i is a sparse combination of relay vectors shared by all rows,
-    plus a residual of its own. "auto" is resolved from the data at fit and stored with a trailing underscore (defaults.py).
+    Every row i owns q(z|x_i) = N(mu_i, diag(sigma_i^2)); mu_i is a sparse combination of relay vectors shared by all
+    rows, plus a residual of its own. "auto" is resolved from the data at fit and stored with a trailing underscore
+    (defaults.py).
 
-    latent_dim: T. hidden: the decoder's widths, () for a linear decoder. linear_path: a linear path beside the MLP. groups:
-    relays in each group. active: how many of a group a row uses, an int, a share in (0, 1], or one for each group.
-    coefficients: "linear" or "softmax" (mixture form). likelihood: Gaussian(scale), Bernoulli() or "auto". kl_weight: of
-    the KL term. standardize: zero mean and unit variance columns inside. lr: of decoder and relays; row_lr: of the rows
-    (None: lr). schedule: "constant" or "cosine" (to 0). batch_size: rows a step. epochs: passes over the rows.
-    optimizer_mode: "dense" or "lazy" (see optim.RowAdam). activation: of the decoder. log_std: its initial value.
-    keep_empty_columns: let columns with nothing observed pass; they are filled with 0. seed: of everything random.
-    device: "auto", "cpu", "cuda", ... progress: a bar for work longer than two seconds.
+    latent_dim: T. hidden: the decoder's widths, () for a linear decoder. linear_path: a linear path beside the MLP.
+    groups: relays in each group. active: how many of a group a row uses, an int, a share in (0, 1], or one for each
+    group. coefficients: "linear" or "softmax" (mixture form). likelihood: Gaussian(scale), Bernoulli() or "auto".
+    kl_weight: of the KL term. standardize: zero mean and unit variance columns inside. lr: of decoder and relays;
+    row_lr: of the rows (None: lr). schedule: "constant" or "cosine" (to 0). weight_decay: of decoder and relays, decoupled. batch_size: rows a step. epochs: passes
+    over the rows. optimizer_mode: "dense" or "lazy" (see optim.RowAdam). activation: of the decoder. log_std: its
+    initial value. keep_empty_columns: let columns with nothing observed pass; they are filled with 0. seed: of
+    everything random. device: "auto", "cpu", "cuda", ... progress: a bar for work longer than two seconds.
     """
+
+    groups: Sequence[int]
+    active: int | float | Sequence[int | float]
+    coefficients: str
+    log_std: float
 
     def __init__(
         self,
@@ -529,6 +581,7 @@ class RVI(RowEstimator):
         progress: bool = True,
         *,
         schedule: str = "auto",
+        weight_decay: float | str = "auto",
         coefficients: str = "linear",
         activation: str = "relu",
         log_std: float = -1.0,
@@ -573,6 +626,8 @@ class VAD(RowEstimator):
     Arguments as in RVI.
     """
 
+    log_std: float
+
     def __init__(
         self,
         latent_dim: int | str = "auto",
@@ -591,6 +646,7 @@ class VAD(RowEstimator):
         progress: bool = True,
         *,
         schedule: str = "auto",
+        weight_decay: float | str = "auto",
         activation: str = "relu",
         log_std: float = -1.0,
         keep_empty_columns: bool = False,
@@ -609,6 +665,8 @@ class VAE(Estimator):
     inputs). The encoder's widths are the decoder's, reversed. Other arguments as in RVI.
     """
 
+    missing: str
+
     def __init__(
         self,
         latent_dim: int | str = "auto",
@@ -626,6 +684,7 @@ class VAE(Estimator):
         *,
         missing: str = "zero+mask",
         schedule: str = "auto",
+        weight_decay: float | str = "auto",
         activation: str = "relu",
         keep_empty_columns: bool = False,
         **unknown: Any,
@@ -669,7 +728,9 @@ class VAE(Estimator):
             full = (padded_block(t).to(self.device_) for t in (x, mask))
             parts.append([t[: len(x)].cpu() for t in self.model_.encoder(*full)])
         mean, log_std = (torch.cat(t) for t in zip(*parts, strict=True))
-        return Posterior(mean, log_std.exp(), torch.full((len(mean),), float("nan")), torch.ones(len(mean), dtype=torch.bool))
+        return Posterior(
+            mean, log_std.exp(), torch.full((len(mean),), float("nan")), torch.ones(len(mean), dtype=torch.bool)
+        )
 
     def _training_posterior(self) -> Posterior:
         return self._encode(self._training_data())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import dataclasses
 import os
 from collections.abc import Callable, Iterator
@@ -46,7 +47,7 @@ class Posterior:
 
 @dataclasses.dataclass
 class InferencePlan:
-    """How new rows are fitted: steps of Adam at lr under a schedule; missed: steps of the table between two visits of a row."""
+    """How new rows are fitted. missed: the steps of the table between two visits of a row (protocol "epochs")."""
 
     steps: int
     lr: float
@@ -89,12 +90,13 @@ def _advance(bar: tqdm, block: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def _one_thread_each(fit: Callable[[int], tuple[Tensor, ...]], starts: range) -> Iterator[tuple[Tensor, ...]]:
-    """fit(start) for every start, one thread a block and blocks in parallel: matmuls change bits with their thread count."""
+    """fit(start) for every start, one thread a block, blocks in parallel: matmuls change bits with their thread count."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with ThreadPoolExecutor(min(threads, len(starts), os.cpu_count() or 1)) as pool:
-            yield from pool.map(fit, starts)
+            blocks = [pool.submit(contextvars.copy_context().run, fit, start) for start in starts]
+            yield from (block.result() for block in blocks)
     finally:
         torch.set_num_threads(threads)
 

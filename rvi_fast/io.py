@@ -15,12 +15,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from . import likelihoods
+from . import defaults, likelihoods
 from .clock import AdamClock
 from .model import RowModel
 from .observations import ColumnUnits
-from .row_store import Movement, RowStore
 from .reference import AdamHyper
+from .row_store import Movement, RowStore
 
 if TYPE_CHECKING:
     from .estimators import Estimator
@@ -28,14 +28,13 @@ if TYPE_CHECKING:
 
 FORMAT, FORMAT_VERSION = "rvi_fast", 1
 CONFIG = "config.json"
-RESOLVED = ("latent_dim", "hidden", "linear_path", "standardize", "lr", "schedule", "batch_size", "epochs")
 
 
 def save(estimator: Estimator, dir: Any, *, rows: bool, moments: bool = False, trainer: Trainer | None = None) -> None:
     """Write the model, and with `trainer` all that training needs to go on to the same bits.
 
-    The tensors go to a file of a new name, and config.json, which names it, is replaced last and in one piece: a reader, or
-    a kill at any moment, sees the old model or the new one.
+    The tensors go to a file of a new name, and config.json, which names it, is replaced last and in one piece: a
+    reader, or a kill at any moment, sees the old model or the new one.
     """
     folder = Path(dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -78,7 +77,7 @@ def _config(estimator: Estimator, rows: bool) -> dict[str, Any]:
         "version": FORMAT_VERSION,
         "class": type(estimator).__name__,
         "params": params,
-        "resolved": {name: getattr(estimator, name + "_") for name in RESOLVED},
+        "resolved": {name: getattr(estimator, name + "_") for name in defaults.AUTO},
         "likelihood": _likelihood_config(estimator.likelihood_),
         "columns": {"count": estimator.n_features_in_, "names": estimator.feature_names_in_},
         "num_rows": estimator.n_rows_ if rows else None,
@@ -125,20 +124,25 @@ def read(dir: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise FileNotFoundError(f"{folder} holds no model: {CONFIG} is missing; give the folder that save wrote") from None
+        raise FileNotFoundError(
+            f"{folder} holds no model: {CONFIG} is missing; give the folder that save wrote"
+        ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{folder / CONFIG} is not readable as JSON ({error}); restore it from a backup") from None
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise ValueError(f"{folder / CONFIG} was not written by rvi_fast; give the folder that save wrote")
     if config["version"] > FORMAT_VERSION:
         raise ValueError(
-            f"{folder} has format version {config['version']}, but this rvi_fast reads up to {FORMAT_VERSION}; upgrade rvi_fast"
+            f"{folder} has format version {config['version']}, but this rvi_fast reads up to {FORMAT_VERSION}; "
+            "upgrade rvi_fast"
         )
     try:
         with safe_open(folder / config["tensors"], framework="pt") as file:
             return config, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
     except (SafetensorError, FileNotFoundError) as error:
-        raise ValueError(f"{folder / config['tensors']} is missing or damaged ({error}); restore it from a backup") from None
+        raise ValueError(
+            f"{folder / config['tensors']} is missing or damaged ({error}); restore it from a backup"
+        ) from None
 
 
 def load(cls: type[Estimator], dir: Any) -> Any:
@@ -175,7 +179,10 @@ def _units_from(tensors: dict[str, Tensor]) -> ColumnUnits:
 
 def _load_model(estimator: Estimator, tensors: dict[str, Tensor], with_rows: bool) -> None:
     state = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
-    missing, unexpected = estimator.model_.load_state_dict(state, strict=False)
+    try:
+        missing, unexpected = estimator.model_.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        raise ValueError(f"the saved tensors do not fit the saved settings: {error}") from None
     missing = [name for name in missing if with_rows or not name.startswith("posterior.table.")]
     if missing or unexpected:
         raise ValueError(f"the saved tensors do not fit the saved settings: {', '.join([*missing, *unexpected])}")
@@ -201,7 +208,7 @@ def _training_config(estimator: Estimator, trainer: Trainer) -> dict[str, Any]:
 
 
 def _training_tensors(estimator: Estimator, trainer: Trainer) -> dict[str, Tensor]:
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for number, state in torch.optim.Optimizer.state_dict(trainer.optimizer)["state"].items():
         tensors |= {f"adam.{number}.{name}": t for name, t in state.items()}
     if trainer.best is not None:

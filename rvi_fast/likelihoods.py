@@ -43,9 +43,9 @@ class Likelihood(nn.Module):
 class Gaussian(Likelihood):
     """x ~ N(xhat, scale^2), independent columns.
 
-    scale: a number, in the model's units (columns that are standardised inside have unit variance there), or "learned": one
-    scale a column, sqrt(min_scale^2 + exp(2 s)) with s trained from `start`. A small fixed scale fits observed entries
-    closely; a large one regularises.
+    scale: a number, in the model's units (columns that are standardised inside have unit variance there), or
+    "learned": one scale a column, sqrt(min_scale^2 + exp(2 s)) with s trained from `start`. A small fixed scale fits
+    observed entries closely; a large one regularises.
     """
 
     def __init__(self, scale: float | str = "learned", *, min_scale: float = 0.05, start: float = 1.0):
@@ -70,7 +70,7 @@ class Gaussian(Likelihood):
     def scale(self) -> Tensor:
         """[D] if learned, else []."""
         if not self.learned:
-            return torch.tensor(self.fixed)
+            return torch.tensor(self.fixed, dtype=torch.float64)
         if self.log_scale is None:
             raise RuntimeError("a learned scale needs the number of columns first: call bind(num_columns)")
         return torch.sqrt(self.min_scale**2 + torch.exp(2 * self.log_scale))
@@ -98,7 +98,8 @@ class Bernoulli(Likelihood):
         if len(outside):
             c = int(outside[0])
             raise ValueError(
-                f"Bernoulli needs X in [0, 1], but column {c} spans {low[c]:g} to {high[c]:g}; rescale X or use Gaussian()"
+                f"Bernoulli needs X in [0, 1], but column {c} spans {low[c]:g} to {high[c]:g}; "
+                "rescale X or use Gaussian()"
             )
 
     def nll(self, xhat: Tensor, x: Tensor, mask: Tensor) -> Tensor:

@@ -72,22 +72,20 @@ def mar(X: ArrayLike | torch.Tensor, rate: float, *, kept: float = 0.3, seed: in
     Returns bool [N, D], True = observed. Raises like `mcar`, and ValueError if kept is not in (0, 1), if X has fewer
     than two columns, or if no column of X is without NaN.
     """
-    values, observed = _values_and_observed(X)
+    values, mask = _values_and_observed(X)
     _check_rate(rate)
     if not 0.0 < kept < 1.0:
         raise ValueError(f"kept must be a share of the columns in (0, 1), got {kept!r}")
     d = values.shape[1]
-    complete = np.flatnonzero(observed.all(0))
+    complete = np.flatnonzero(mask.all(0))
     if d < 2 or complete.size == 0:
         raise ValueError("mar needs two columns in X and one of them without NaN to depend on; use mcar instead")
     rng = _generator("mar", seed)
     n_kept = min(max(1, round(kept * d)), d - 1, complete.size)
     kept_columns = rng.choice(complete, n_kept, replace=False)
     causes = np.stack([_standardize(values[:, j].astype(np.float64)) for j in kept_columns], 1)
-    mask = observed.copy()
     for j in np.setdiff1d(np.arange(d), kept_columns):
-        score = _standardize(causes @ rng.standard_normal(n_kept))
-        _hide(mask[:, j], score, rate, rng)
+        _hide(mask[:, j], _standardize(causes @ rng.standard_normal(n_kept)), rate, rng)
     return mask
 
 
@@ -100,13 +98,13 @@ def mnar(X: ArrayLike | torch.Tensor, rate: float, *, seed: int = 0) -> BoolArra
     X: [N, D] numeric; NaN entries are missing already and stay so. rate: in [0, 1).
     Returns bool [N, D], True = observed. Raises like `mcar`.
     """
-    values, observed = _values_and_observed(X)
+    values, mask = _values_and_observed(X)
     _check_rate(rate)
     rng = _generator("mnar", seed)
-    mask = observed.copy()
     for j in range(values.shape[1]):
-        score = np.zeros(values.shape[0])
-        score[observed[:, j]] = _standardize(values[observed[:, j], j].astype(np.float64))
+        seen = mask[:, j]
+        score = np.zeros(seen.size)
+        score[seen] = _standardize(values[seen, j].astype(np.float64))
         _hide(mask[:, j], score, rate, rng)
     return mask
 

@@ -56,7 +56,7 @@ class RowModel(LatentModel):
 
 
 class Encoder(nn.Module):
-    """x with holes -> mean and log std of q(z|x): an MLP over the filled columns, and the mask beside them if asked for.
+    """x with holes -> mean and log std of q(z|x): an MLP over the filled columns, and the mask if asked for.
 
     missing: what the encoder sees in a hole: "zero" or "mean" (the column's, in the model's units), or "zero+mask".
     """

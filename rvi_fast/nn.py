@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,16 +18,23 @@ ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU, "tanh": nn.Tanh, "gelu": nn.GEL
 DRAW_ROWS, DRAW_RELAYS = 0, 1
 
 
+def _check_sizes(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ValueError(f"{name} must be a positive int; got {size!r}")
+
+
 class RowTable(nn.Module):
     """A table [num_rows, dim] read by row, like nn.Embedding, and trained by rvi_fast.optim.RowAdam.
 
-    num_rows, dim: sizes. dtype: of the rows (default: torch's default dtype). columns: names and widths of column ranges
-    that sum to dim, each a parameter of its own (so that it can have its own learning rate); default one, "weight".
-    init_std: of the normal initial values, a number or one for each name. seed: of the initial values. moments: whether
-    to keep room for Adam's moments beside each row from the start (a RowAdam makes room where there is none).
+    num_rows, dim: sizes. dtype: of the rows (default: torch's default dtype). columns: names and widths of column
+    ranges that sum to dim, each a parameter of its own (so that it can have its own learning rate); default one,
+    "weight". init_std: of the normal initial values, a number or one for each name. seed: of the initial values.
+    moments: whether to keep room for Adam's moments beside each row from the start (a RowAdam makes room where there
+    is none).
 
-    Rows that no batch touched of late are stored behind the optimiser's steps; every read through the module (table(rows),
-    table.weight, state_dict) gives them up to date, and writes nothing. To write rows use assign.
+    Rows that no batch touched of late are stored behind the optimiser's steps; every read through the module
+    (table(rows), table.weight, state_dict) gives them up to date, and writes nothing. To write rows use assign.
     """
 
     def __init__(
@@ -42,9 +50,7 @@ class RowTable(nn.Module):
         device: torch.device | str | None = None,
     ):
         super().__init__()
-        for name, size in (("num_rows", num_rows), ("dim", dim)):
-            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-                raise ValueError(f"{name} must be a positive int; got {size!r}")
+        _check_sizes(num_rows=num_rows, dim=dim)
         widths = dict(columns or {"weight": dim})
         if sum(widths.values()) != dim:
             raise ValueError(f"columns must sum to dim={dim}; got {widths}")
@@ -91,9 +97,9 @@ class RowTable(nn.Module):
         for index, parameter in enumerate(self.store.parameters):
             if parameter.requires_grad and index not in self.store.trained:
                 raise RuntimeError(
-                    f"no RowAdam trains the column range {self.store.names[index]!r} of this RowTable, and no other optimiser "
-                    "can: make rvi_fast.optim.RowAdam(model.parameters()) before the first forward, freeze the range with "
-                    "requires_grad_(False), or read under torch.no_grad()"
+                    f"no RowAdam trains the column range {self.store.names[index]!r} of this RowTable, and no other "
+                    "optimiser can: make rvi_fast.optim.RowAdam(model.parameters()) before the first forward, freeze the "
+                    "range with requires_grad_(False), or read under torch.no_grad()"
                 )
 
     @property
@@ -153,7 +159,9 @@ class RowTable(nn.Module):
             if values is None:
                 missing_keys.append(prefix + name)
             elif values.shape != parameter.shape:
-                error_msgs.append(f"{prefix + name}: expected shape {list(parameter.shape)}, found {list(values.shape)}")
+                error_msgs.append(
+                    f"{prefix + name}: expected shape {list(parameter.shape)}, found {list(values.shape)}"
+                )
             else:
                 self.store.assign(index, values)
         own = {prefix + name for name in self.store.names}
@@ -190,17 +198,23 @@ class _RowPosterior(nn.Module):
         """z [B, T] ~ q(z|x_rows) and KL(q || N(0, I)) [B], in nats.
 
         rows: int64 [B]. sample: False gives the mean; None follows self.training. seed, step: of the keyed noise; None
-        takes the module's seed and the number of steps that RowAdam has taken. A row's noise depends on these and on its
-        index alone.
+        takes the module's seed and the number of steps that RowAdam has taken. A row's noise depends on these and on
+        its index alone.
         """
         return self.sample_values(
-            self.table(rows),
+            self._read(rows),
             row_ids=rows,
             stream="train",
             step=self.step if step is None else step,
             sample=self.training if sample is None else sample,
             seed=seed,
         )
+
+    def _read(self, rows: Tensor) -> Tensor:
+        values = self.table(rows)
+        if rows.dim() != 1:
+            raise ValueError(f"rows must have shape [B]; got {list(rows.shape)}")
+        return values
 
     def noise(
         self, row_ids: Tensor, stream: str, step: int | Tensor, *, seed: int | None = None, draw: int = 0
@@ -246,24 +260,25 @@ class _RowPosterior(nn.Module):
 
     def mean(self, rows: Tensor) -> Tensor:
         """Posterior mean [B, T] of rows (int64 [B])."""
-        return self.mean_of(self.table(rows))
+        return self.mean_of(self._read(rows))
 
     def log_std(self, rows: Tensor) -> Tensor:
         """Log of the posterior's standard deviation [B, T] of rows (int64 [B])."""
-        return self.log_std_of(self.table(rows))
+        return self.log_std_of(self._read(rows))
 
     def distribution(self, rows: Tensor) -> torch.distributions.Normal:
         """q(z|x_rows) as a torch distribution over [B, T]."""
-        values = self.table(rows)
+        values = self._read(rows)
         return torch.distributions.Normal(self.mean_of(values), self.log_std_of(values).exp())
 
 
 class RelayPosterior(_RowPosterior):
     """q(z|x_i) = N(mu_i, diag(sigma_i^2)) with mu_i = sum of a_ik r_k over the selected relays + e_i (eqs. 3 to 5).
 
-    num_rows, latent_dim: N and T. groups: relays in each group. active: |B| of each group, an int (a count) or a float in (0, 1]
-    (a share), or one for each group; 1 is the clustering form, 1.0 takes all relays. coefficients: "linear", or "softmax" (the
-    mixture form). relay_std, coef_std, residual_std, log_std: initial values; seed: of initial values and noise.
+    num_rows, latent_dim: N and T. groups: relays in each group. active: |B| of each group, an int (a count) or a float
+    in (0, 1] (a share), or one for each group; 1 is the clustering form, 1.0 takes all relays. coefficients: "linear",
+    or "softmax" (the mixture form). relay_std, coef_std, residual_std, log_std: initial values; seed: of initial
+    values and noise.
     """
 
     def __init__(
@@ -282,6 +297,7 @@ class RelayPosterior(_RowPosterior):
         dtype: torch.dtype | None = None,
         moments: bool = True,
     ):
+        _check_sizes(num_rows=num_rows, latent_dim=latent_dim)
         groups = ops.check_groups(groups)
         counts = ops.active_counts(groups, active)
         if coefficients not in ops.COEFFICIENTS:
@@ -347,6 +363,7 @@ class MeanFieldPosterior(_RowPosterior):
         dtype: torch.dtype | None = None,
         moments: bool = True,
     ):
+        _check_sizes(num_rows=num_rows, latent_dim=latent_dim)
         widths = {"mean": latent_dim, "log_std": latent_dim}
         init_std = {"mean": mean_std, "log_std": 0.0}
         table = RowTable(num_rows, 2 * latent_dim, dtype, columns=widths, init_std=init_std, seed=seed, moments=moments)
@@ -388,10 +405,12 @@ class MLPDecoder(nn.Module):
             raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}")
         widths = (latent_dim, *hidden)
         if any(isinstance(w, bool) or not isinstance(w, int) or w < 1 for w in (*widths, out_dim)):
-            raise ValueError(f"latent_dim, out_dim and hidden must be positive ints; got {latent_dim}, {out_dim}, {hidden}")
+            raise ValueError(
+                f"latent_dim, out_dim and hidden must be positive ints; got {latent_dim}, {out_dim}, {hidden}"
+            )
         self.linear_path = linear_path and bool(hidden)
         layers: list[nn.Module] = []
-        for n_in, n_out in zip(widths[:-1], widths[1:], strict=True):
+        for n_in, n_out in itertools.pairwise(widths):
             layers += [nn.Linear(n_in, n_out), ACTIVATIONS[activation]()]
         self.mlp = nn.Sequential(*layers)
         self.head = nn.Linear(widths[-1] + (latent_dim if self.linear_path else 0), out_dim)

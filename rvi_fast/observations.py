@@ -1,4 +1,4 @@
-"""What a user hands in (array, tensor, memmap, DataFrame; NaN or a mask for holes), read in batches in the model's units."""
+"""What a user hands in (array, tensor, memmap, DataFrame; holes as NaN or a mask), read in batches in model units."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-CELLS_AT_ONCE = 1 << 22  # whole-data passes go in blocks of about this many cells
+CELLS_AT_ONCE = 1 << 20  # whole-data passes go in blocks of about this many cells
 
 
 class Observations:
     """X [N, D] with its observed cells. Holds the user's memory, not a copy, wherever the container allows it.
 
-    X: numpy array or memmap, torch tensor, pandas DataFrame or nested lists; bool, integer or float. mask: bool [N, D], True =
-    observed; without it NaN means missing. Raises on wrong shapes or types, infinity, and NaN under mask True.
+    X: numpy array or memmap, torch tensor, pandas DataFrame or nested lists; bool, integer or float. mask: bool [N,
+    D], True = observed; without it NaN means missing. Raises on wrong shapes or types, infinity, and NaN under mask
+    True.
     """
 
     def __init__(self, X: Any, mask: Any = None):
@@ -42,7 +43,7 @@ class Observations:
         return f"{column} ({self.names[column]!r})" if self.names else str(column)
 
     def read(self, rows: Any) -> tuple[np.ndarray, np.ndarray]:
-        """The cells of rows (slice or indices) and which are observed: [B, D] in the user's units and dtype, bool [B, D]."""
+        """Cells of rows (slice or indices) in the user's units and dtype, and which are observed: [B, D], bool [B, D]."""
         values = np.ascontiguousarray(self.values[rows])  # one order of cells, one order of sums
         if self.mask is not None:
             return values, np.asarray(self.mask[rows])
@@ -66,7 +67,7 @@ class Observations:
                 raise ValueError(f"{where} is {value}; replace infinities by NaN (missing) or by a finite number")
 
     def row_ids(self, block: int = 1 << 14) -> Tensor:
-        """A 64-bit hash of every row's float32 values and mask, int64 [N]: equal rows get equal ids, wherever they stand."""
+        """A 64-bit hash of every row's float32 values and mask, int64 [N]: equal rows have equal ids anywhere."""
         ids = np.empty(len(self), dtype=np.uint64)
         for start in range(0, len(self), block):
             values, observed = self.read(slice(start, start + block))
@@ -105,7 +106,8 @@ def _is_frame(X: Any) -> bool:
 def _as_matrix(X: Any, name: str) -> np.ndarray:
     if _is_frame(X):
         _check_frame(X)
-        values = X.to_numpy(dtype=None if len(set(X.dtypes)) == 1 and X.dtypes.iloc[0].kind in "biuf" else np.float64)
+        one_dtype = len(set(X.dtypes)) == 1 and isinstance(X.dtypes.iloc[0], np.dtype)
+        values = X.to_numpy() if one_dtype else X.to_numpy(dtype=np.float64, na_value=np.nan)
     elif isinstance(X, Tensor):
         dense = X.detach().cpu()
         values = (dense.float() if dense.dtype == torch.bfloat16 else dense).numpy()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ COEFFICIENTS = ("linear", "softmax")
 
 def active_counts(groups: Sequence[int], active: int | float | Sequence[int | float]) -> tuple[int, ...]:
     """|B| of every group. active: an int (a count), a float in (0, 1] (a share of the group, rounded half up), or one each."""
-    per_group = list(active) if isinstance(active, Sequence) else [active] * len(groups)
+    per_group: list[Any] = list(active) if isinstance(active, list | tuple) else [active] * len(groups)
     if len(per_group) != len(groups):
         raise ValueError(f"active has {len(per_group)} entries for {len(groups)} groups; give one each or a single number")
     return tuple(_active_count(k, b) for k, b in zip(groups, per_group, strict=True))
@@ -67,15 +67,18 @@ def _check_float(name: str, tensor: Tensor, like: Tensor | None = None) -> None:
         raise TypeError(f"{name} must be {like.dtype} on {like.device}, as the first argument; got {tensor.dtype} on {tensor.device}")
 
 
-def _check_relays(coef: Tensor, relays: Tensor, groups: Sequence[int], active: Sequence[int], coefficients: str) -> None:
+def _check_relays(
+    coef: Tensor, relays: Tensor, groups: Sequence[int], active: Sequence[int | float], coefficients: str
+) -> tuple[int, ...]:
+    """Returns |B| of every group."""
     sizes = {"K": sum(check_groups(groups))}
     _check_shape("coef", coef, ("B", "K"), sizes)
     _check_shape("relays", relays, ("K", "T"), sizes)
     _check_float("coef", coef)
     _check_float("relays", relays, coef)
-    active_counts(groups, tuple(active))
     if coefficients not in COEFFICIENTS:
         raise ValueError(f"coefficients must be 'linear' or 'softmax'; got {coefficients!r}")
+    return active_counts(groups, active)
 
 
 def relay_mean(
@@ -86,8 +89,8 @@ def relay_mean(
     coef [B, K_total], relays [K_total, T] of one floating dtype and device; groups: ints that sum to K_total; active: one
     int a group. Returns [B, T]. Gradient reaches selected coefficients and the relays; ties go to the lower index.
     """
-    _check_relays(coef, relays, groups, active, coefficients)
-    return reference.relay_mean(coef, relays, groups, active, coefficients)
+    counts = _check_relays(coef, relays, groups, active, coefficients)
+    return reference.relay_mean(coef, relays, groups, counts, coefficients)
 
 
 def gaussian_sample(mean: Tensor, log_std: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -111,21 +114,25 @@ def relay_sample(
     coef [B, K_total]; residual, log_std [B, T]; relays [K_total, T]; noise: standard normals [B, T], or None for the
     mean. Returns z [B, T] and kl [B].
     """
-    _check_relays(coef, relays, groups, active, coefficients)
+    counts = _check_relays(coef, relays, groups, active, coefficients)
     sizes = {"B": coef.shape[0], "T": relays.shape[1]}
     for name, tensor in (("residual", residual), ("log_std", log_std), ("noise", noise)):
         if tensor is not None:
             _check_shape(name, tensor, ("B", "T"), sizes)
             _check_float(name, tensor, coef)
-    mean = reference.relay_mean(coef, relays, groups, active, coefficients) + residual
+    mean = reference.relay_mean(coef, relays, groups, counts, coefficients) + residual
     return gaussian_sample(mean, log_std, noise)
 
 
-def _check_observed(xhat: Tensor, x: Tensor, mask: Tensor) -> None:
+def _check_observed(name: str, output: Tensor, x: Tensor, mask: Tensor) -> None:
     sizes: dict[str, int] = {}
-    for name, tensor in (("xhat", xhat), ("x", x), ("mask", mask)):
-        _check_shape(name, tensor, ("B", "D"), sizes)
-    _check_float("xhat", xhat)
+    for argument, tensor in ((name, output), ("x", x), ("mask", mask)):
+        _check_shape(argument, tensor, ("B", "D"), sizes)
+    _check_float(name, output)
+    _check_mask(mask)
+
+
+def _check_mask(mask: Tensor) -> None:
     if mask.dtype != torch.bool:
         raise TypeError(f"mask must be a bool tensor, True = observed; got {mask.dtype}")
 
@@ -136,14 +143,16 @@ def masked_gaussian_nll(xhat: Tensor, x: Tensor, mask: Tensor, scale: Tensor | f
     xhat, x [B, D]; mask [B, D] bool, True = observed (x elsewhere is never used and may be NaN); scale: a number, [] or
     [D], > 0. Returns [B]. Gradients to xhat and scale.
     """
-    _check_observed(xhat, x, mask)
-    return reference.masked_gaussian_nll(xhat, x.to(xhat.dtype), mask, _as_scale(scale, xhat))
+    _check_observed("xhat", xhat, x, mask)
+    return reference.masked_gaussian_nll(xhat, x.to(xhat.dtype), mask, _as_scale(scale, xhat, x.shape[1]))
 
 
-def _as_scale(scale: Tensor | float, like: Tensor) -> Tensor:
+def _as_scale(scale: Tensor | float, like: Tensor, columns: int) -> Tensor:
+    if not isinstance(scale, Tensor) and not scale > 0:
+        raise ValueError(f"scale must be above 0; got {scale}")
     scale = torch.as_tensor(scale, dtype=like.dtype, device=like.device)
-    if scale.dim() > 1 or scale.dim() == 1 and scale.shape[0] not in (1, like.shape[1]):
-        raise ValueError(f"scale must be one number or one per column ({like.shape[1]}); got shape {list(scale.shape)}")
+    if scale.dim() > 1 or scale.dim() == 1 and scale.shape[0] not in (1, columns):
+        raise ValueError(f"scale must be one number or one per column ({columns}); got shape {list(scale.shape)}")
     return scale
 
 
@@ -152,7 +161,7 @@ def masked_bernoulli_nll(logits: Tensor, x: Tensor, mask: Tensor) -> Tensor:
 
     logits, x [B, D]; mask [B, D] bool, True = observed. Returns [B]. Gradient to logits.
     """
-    _check_observed(logits, x, mask)
+    _check_observed("logits", logits, x, mask)
     return reference.masked_bernoulli_nll(logits, x.to(logits.dtype), mask)
 
 
@@ -167,9 +176,12 @@ def linear_masked_gaussian_nll(
     sizes: dict[str, int] = {}
     for name, tensor, shape in (("h", h, "BH"), ("weight", weight, "DH"), ("bias", bias, "D"), ("x", x, "BD"), ("mask", mask, "BD")):
         _check_shape(name, tensor, shape, sizes)
-    if mask.dtype != torch.bool:
-        raise TypeError(f"mask must be a bool tensor, True = observed; got {mask.dtype}")
-    return reference.linear_masked_gaussian_nll(h, weight, bias, x.to(h.dtype), mask, _as_scale(scale, x))
+    _check_float("h", h)
+    _check_float("weight", weight, h)
+    _check_float("bias", bias, h)
+    _check_mask(mask)
+    scale = _as_scale(scale, h, x.shape[1])
+    return reference.linear_masked_gaussian_nll(h, weight, bias, x.to(h.dtype), mask, scale)
 
 
 def philox_normal(
@@ -195,6 +207,10 @@ def philox_normal(
         raise ValueError(f"dim must lie in 0 .. {MAX_LATENTS}; got {dim}")
     if row_ids.dtype != torch.int64 or row_ids.dim() != 1:
         raise TypeError(f"row_ids must be an int64 tensor [B]; got {row_ids.dtype} {list(row_ids.shape)}")
+    if isinstance(step, Tensor) and (step.dtype != torch.int64 or step.dim() != 0):
+        raise TypeError(f"step must be an int or an int64 tensor []; got {step.dtype} {list(step.shape)}")
+    if dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"dtype must be torch.float32 or torch.float64; got {dtype}")
     if dispatch.use_triton("philox_normal", row_ids.device):
         from .kernels.philox_normal import philox_normal as kernel
 

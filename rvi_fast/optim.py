@@ -19,11 +19,12 @@ FRESH = dict.fromkeys(("step", "exp_avg", "exp_avg_sq"), torch.zeros(()))  # the
 class RowAdam(torch.optim.Optimizer):
     """AdamW for tables of rows and ordinary parameters together.
 
-    A RowTable's rows follow the trajectory of dense AdamW over the whole table, momentum of untouched rows included, but a
-    step only touches the rows that its batch read. Ordinary parameters get torch's AdamW.
+    A RowTable's rows follow the trajectory of dense AdamW over the whole table, momentum of untouched rows included,
+    but a step only touches the rows that its batch read. Ordinary parameters get torch's AdamW.
 
     params: parameters, or dicts of them with their own settings, of RowTables and of anything else.
-    lr: step size; it may change at every step, and so may weight_decay (decoupled). Other betas or eps cost one pass over the table.
+    lr: step size; it may change at every step, and so may weight_decay (decoupled). A change of betas or eps costs one
+        pass over the table.
     betas, eps: as in torch.optim.AdamW.
     mode: "dense" (equivalent to dense AdamW) or "lazy" (touched rows only, each with its own step count: a different
         algorithm, like torch.optim.SparseAdam).
@@ -56,7 +57,7 @@ class RowAdam(torch.optim.Optimizer):
             p.store.trained.add(p.index)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step; closure, if given, recomputes and returns the loss."""
         loss = None
         if closure is not None:
@@ -109,7 +110,7 @@ class RowAdam(torch.optim.Optimizer):
         return tables
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch.optim.AdamW's: exp_avg, exp_avg_sq and step of every parameter, rows brought up to date in a copy."""
+        """As torch.optim.AdamW's: exp_avg, exp_avg_sq and step of every parameter; rows are up to date, in a copy."""
         packed = super().state_dict()
         for number, p in self._numbered_rows():
             if p.store.steps_of(p.index):

@@ -51,7 +51,7 @@ def philox_words(seed: int, stream: str, step: Tensor | int, row_ids: Tensor, bl
     low, high = row_ids[:, None] & WORD, row_ids[:, None] >> 32 & WORD
     key = (seed & WORD, seed >> 32 & WORD)
     c3 = latent_block | draw << 12 | STREAMS[stream] << 28
-    return torch.stack(philox(key, (low, high, step, c3)), dim=2)
+    return torch.stack(philox(key, (low, high, step & WORD, c3)), dim=2)
 
 
 def philox_normal(
@@ -91,7 +91,7 @@ def select(coef: Tensor, active: int) -> Tensor:
 def relay_weights(coef: Tensor, groups: Sequence[int], active: Sequence[int], coefficients: str = "linear") -> Tensor:
     """a_i on B_i and 0 elsewhere, group by group; "softmax" (the mixture form) normalises a group before selection.
 
-    coef: [B, K_total]. Returns [B, K_total]; gradient reaches selected entries only.
+    coef: [B, K_total]. Returns [B, K_total]; gradient reaches selected weights only.
     """
     kept = []
     for a, n_active in zip(coef.split(list(groups), dim=1), active, strict=True):
@@ -139,7 +139,7 @@ def masked_bernoulli_nll(logits: Tensor, x: Tensor, mask: Tensor) -> Tensor:
     logits, x: [B, D]; mask: [B, D] bool, True = observed. Returns [B].
     """
     x = torch.where(mask, x, 0.0)
-    nll = torch.clamp(logits, min=0) - logits * x + torch.log1p(torch.exp(-logits.abs()))
+    nll = torch.logaddexp(logits, torch.zeros_like(logits)) - logits * x  # log(1 + e^l) - l x
     return torch.where(mask, nll, 0.0).sum(1)
 
 
@@ -229,22 +229,20 @@ def catch_up(p: Tensor, m: Tensor, v: Tensor, missed: Missed, eps: float) -> tup
     return (p - m * moved) * decay, m * decay_m, v * decay_v
 
 
-def missed_displacement(
-    m: Tensor, v: Tensor, age: Tensor, step: Tensor, lr: Tensor, regrow: Tensor, hyper: AdamHyper
-) -> Tensor:
-    """The displacement of rows summed step by step, where two nodes are not enough: gradients that meet eps.
+def missed_steps(age: Tensor, step: Tensor, lr: Tensor, regrow: Tensor, hyper: AdamHyper) -> tuple[Tensor, Tensor]:
+    """What every single missed step needs, where two nodes are not enough: gradients that meet eps.
 
-    m, v: [B, C]; age: [J], steps since the row was touched; step, lr, regrow: float64 [B, J], the step's number, its
-    learning rate (0 where the row missed fewer steps) and exp(logD[touched] - logD[step]). Returns float64 [B, C].
+    age: [J], steps since the row was touched; step, lr, regrow: float64 [B, J], the step's number, its learning rate (0
+    where the row missed fewer steps) and exp(logD[touched] - logD[step]). Returns weight and shrink, float64 [B, J].
     """
     bc1, bc2 = hyper.bias_corrections(step)
-    weight = lr * regrow * hyper.beta1**age / bc1
-    shrink = torch.sqrt(hyper.beta2**age / bc2)
-    m, root = m.double(), v.double().sqrt()
-    moved = torch.zeros_like(m)
-    for j in range(len(age)):
-        moved += weight[:, j, None] * m / (root * shrink[:, j, None] + hyper.eps)
-    return moved
+    return lr * regrow * hyper.beta1**age / bc1, torch.sqrt(hyper.beta2**age / bc2)
+
+
+def missed_displacement(m: Tensor, v: Tensor, weight: Tensor, shrink: Tensor, eps: float) -> Tensor:
+    """The displacement of single entries m, v [E], summed over their missed steps. weight, shrink: [E, J]. -> float64 [E]."""
+    m, root = m.double()[:, None], v.double().sqrt()[:, None]
+    return (weight * m / (root * shrink + eps)).sum(1)
 
 
 def _per_row(value: Tensor, like: Tensor) -> Tensor:

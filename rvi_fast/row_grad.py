@@ -12,10 +12,10 @@ aten = torch.ops.aten
 
 
 class RowGrad(Tensor):
-    """A gradient [N, C] that is zero outside `rows` (int64 [n], may repeat: repeats add up), where it is `values` [n, C].
+    """A gradient [N, C], zero outside `rows` (int64 [n], may repeat: repeats add up), where it is `values` [n, C].
 
     It behaves as the dense gradient for what training loops do to gradients (accumulate, scale, clip, unscale, zero);
-    any other reading turns it into a dense tensor, any other writing raises.
+    any other reading, views included, gives a dense copy, any other writing raises.
     """
 
     _stored: list[Tensor]  # rows and values, shared with aliases (grad.data, grad.detach())
@@ -23,7 +23,7 @@ class RowGrad(Tensor):
     @staticmethod
     def __new__(cls, rows: Tensor, values: Tensor, num_rows: int) -> RowGrad:
         shape = (num_rows, values.shape[1])
-        return torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        return torch.Tensor._make_wrapper_subclass(
             cls, shape, strides=(shape[1], 1), dtype=values.dtype, device=values.device
         )
 
@@ -41,7 +41,7 @@ class RowGrad(Tensor):
     def _store(self, rows: Tensor, values: Tensor) -> None:
         self._stored[:] = rows, values
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"RowGrad(shape={tuple(self.shape)}, rows={self.rows}, values={self.values})"
 
     def with_values(self, values: Tensor) -> RowGrad:
@@ -62,8 +62,11 @@ class RowGrad(Tensor):
         self.merge_()
         return self.values.new_zeros(self.shape).index_copy_(0, self.rows, self.values)
 
+    def __setitem__(self, index: Any, value: Any) -> None:
+        raise NotImplementedError("cannot write into the gradient of a RowTable by index; read it as grad.dense()")
+
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:  # type: ignore[override]
         kwargs = kwargs or {}
         handler = _HANDLERS.get(func)
         if handler is not None:

@@ -16,7 +16,7 @@ from .ops import Columns
 from .reference import AdamHyper
 from .row_grad import RowGrad
 
-ELEMENTS_AT_ONCE = 1 << 22  # whole-table work goes in blocks of about this many numbers
+ELEMENTS_AT_ONCE = 1 << 20  # whole-table work goes in blocks of about this many numbers
 MAX_STEPS_BEHIND = 1 << 20  # then every row is brought up to date and the clocks start again
 
 
@@ -34,7 +34,7 @@ class RowParameter(nn.Parameter):
     """
 
     store: RowStore
-    index: int
+    index: int  # type: ignore[assignment]  # Tensor.index is nothing that a parameter needs
 
     def __deepcopy__(self, memo: dict) -> RowParameter:
         return copy.deepcopy(self.store, memo).parameters[self.index]
@@ -50,8 +50,8 @@ def _parameter_of(store: RowStore, index: int) -> RowParameter:
 class RowStore:
     """values [N, 3, C] holds a row's parameters p and moments m, v together; last [N] int32 its clock reading.
 
-    Column ranges ("coef", "residual", ...) are parameters of their own, so that an optimiser can give each its settings.
-    They advance together; when the set of ranges that move changes, all rows are first brought up to date.
+    Column ranges ("coef", "residual", ...) are parameters of their own, so that an optimiser can give each its
+    settings. They advance together; when the set of ranges that move changes, all rows are first brought up to date.
     """
 
     def __init__(
@@ -176,7 +176,8 @@ class RowStore:
         other = next((m for i, m in self.modes.items() if i != index), mode)
         if other != mode:
             raise ValueError(
-                f"all columns of a RowTable need the same mode; got {mode!r} beside {other!r} (drop_moments() lets go of both)"
+                f"all columns of a RowTable need the same mode; got {mode!r} beside {other!r} "
+                "(after table.drop_moments() both can start afresh)"
             )
         self.flush()
         self._make_room_for_moments()
@@ -267,7 +268,7 @@ class RowStore:
         self._start_clocks()
 
     def take_step(self, groups: Sequence[Mapping[str, Any]]) -> None:
-        """Adam's step of the ranges that `prepare` was given, with the lr and weight_decay of the optimiser's `groups`."""
+        """Adam's step of the ranges that `prepare` was given, with lr and weight_decay of the optimiser's `groups`."""
         rows, grad = self._collect_grads()
         first = [next(i for i in self.moving if self.slices[i].start == column.start) for column in self.columns]
         settings = [groups[self.moving[i].group] for i in first]
@@ -296,14 +297,14 @@ class ReadRows(torch.autograd.Function):
     """Rows of a table, up to date, with gradients that hold the batch's rows alone."""
 
     @staticmethod
-    def forward(ctx: Any, store: RowStore, rows: Tensor, *parameters: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, store: RowStore, rows: Tensor, *parameters: Tensor) -> Tensor:
         ctx.save_for_backward(rows)
         ctx.store = store
         return store.read(rows)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         (rows,) = ctx.saved_tensors
         store: RowStore = ctx.store
         grads = [

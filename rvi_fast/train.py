@@ -126,7 +126,12 @@ class Trainer:
         progress, per_epoch = self.progress, self.plan.steps_per_epoch(len(self.data))
         self.model.train()
         bar = tqdm(
-            total=self.total, initial=progress.step, delay=BAR_DELAY_S, disable=not show_progress, unit="step", leave=False
+            total=self.total,
+            initial=progress.step,
+            delay=BAR_DELAY_S,
+            disable=not show_progress,
+            unit="step",
+            leave=False,
         )
         started = time.perf_counter()
         with bar, _interrupt_flag() as interrupted:
@@ -175,7 +180,12 @@ class Trainer:
         """Add this epoch's entry to the history."""
         progress = self.progress
         nll, kl, rows = progress.sums
-        logs = {"step": progress.step, "loss": (nll + self.model.kl_weight * kl) / rows, "nll": nll / rows, "kl": kl / rows}
+        logs = {
+            "step": progress.step,
+            "loss": (nll + self.model.kl_weight * kl) / rows,
+            "nll": nll / rows,
+            "kl": kl / rows,
+        }
         logs |= {"lr": self.optimizer.param_groups[-1]["lr"], "seconds": seconds}
         if self.hidden is not None:
             logs["val_mse"] = self.validate()

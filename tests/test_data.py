@@ -57,9 +57,9 @@ def test_load_idx_refuses_every_truncation_and_any_excess(tmp_path, dtype, zippe
 def test_load_idx_refuses_damaged_gzip(tmp_path):
     path = tmp_path / "array.gz"
     whole = gzip.compress(idx_bytes(np.arange(200, dtype="f8")))
-    flipped = bytearray(whole)
-    flipped[len(whole) // 2] ^= 0xFF
-    for content in (whole[:10], whole[:-5], bytes(flipped)):
+    no_such_block = whole[:10] + b"\xff" + whole[11:]
+    wrong_checksum = whole[:-8] + b"\0\0\0\0" + whole[-4:]
+    for content in (whole[:10], whole[:-5], no_such_block, wrong_checksum):
         path.write_bytes(content)
         with pytest.raises(ValueError, match="damaged or truncated gzip"):
             load_idx(path)

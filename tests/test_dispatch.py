@@ -22,7 +22,7 @@ def no_choice_yet(monkeypatch):
 
 @pytest.fixture
 def without_triton(monkeypatch):
-    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(dispatch, "_has_triton", lambda: False)
 
 
 def test_default_is_auto():

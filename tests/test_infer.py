@@ -20,14 +20,18 @@ def data(n, d, seed=0):
 
 
 def bits(posterior):
-    return torch.cat([posterior.mean, posterior.std, posterior.elbo[:, None], posterior.parameters], dim=1).view(torch.int32)
+    return torch.cat([posterior.mean, posterior.std, posterior.elbo[:, None], posterior.parameters], dim=1).view(
+        torch.int32
+    )
 
 
 @pytest.mark.parametrize("d", [1, 13, 65])
 @pytest.mark.parametrize("cls, kw", MODELS)
 def test_a_row_gets_the_same_bits_in_every_call(cls, kw, d):
     """Alone, in any batch, in any order, with 1 and with 2 threads."""
-    model = cls(**kw).fit(data(80, d, seed=1), mask=None) if d > 1 else cls(**kw).fit(np.nan_to_num(data(80, 1, seed=1)))
+    model = (
+        cls(**kw).fit(data(80, d, seed=1), mask=None) if d > 1 else cls(**kw).fit(np.nan_to_num(data(80, 1, seed=1)))
+    )
     X = data(150, d)
     together = bits(model.infer(X, steps=12))
     order = np.random.default_rng(3).permutation(150)

@@ -574,7 +574,7 @@ def test_lazy_range_added_late_raises():
 
 def test_modes_do_not_mix_in_one_table():
     wide, narrow, _ = make(OnRows).columns()
-    with pytest.raises(ValueError, match="need the same mode.*drop_moments"):
+    with pytest.raises(ValueError, match=r"need the same mode.*drop_moments"):
         RowAdam([{"params": [wide]}, {"params": [narrow], "mode": "lazy"}])
 
 

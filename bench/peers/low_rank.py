@@ -28,7 +28,7 @@ Bools = NDArray[np.bool_]
 MAX_STEPS = 100
 PATIENCE = 5  # EM steps without a better validation error before a rank is given up
 MIN_NOISE = 1e-3  # variance, in z-scored units: keeps a column that fits exactly from dominating
-BLOCK = 1024  # rows whose second moments are held at once
+BLOCK = 128  # rows whose second moments are held at once: few enough to stay in cache
 
 
 def low_rank_impute(

@@ -1,0 +1,65 @@
+"""RVI in plain PyTorch with dense Adam over all rows: the published algorithm, as one would write it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from rvi_fast.model import RowModel
+from rvi_fast.nn import RelayPosterior
+
+
+class EagerRVI(nn.Module):
+    """Embeddings for coefficients, residual and log std, relays, an MLP decoder and a Gaussian of fixed scale."""
+
+    def __init__(
+        self,
+        num_rows: int,
+        dim: int,
+        latent_dim: int,
+        hidden: Sequence[int],
+        groups: Sequence[int],
+        active: Sequence[int],
+        scale: float,
+    ):
+        super().__init__()
+        self.groups, self.active, self.scale = list(groups), list(active), scale
+        self.relays = nn.Parameter(torch.empty(sum(groups), latent_dim))
+        self.coef = nn.Embedding(num_rows, sum(groups))
+        self.residual = nn.Embedding(num_rows, latent_dim)
+        self.log_std = nn.Embedding(num_rows, latent_dim)
+        layers: list[nn.Module] = []
+        for n_in, n_out in zip((latent_dim, *hidden[:-1]), hidden, strict=True):
+            layers += [nn.Linear(n_in, n_out), nn.ReLU()]
+        self.decoder = nn.Sequential(*layers, nn.Linear(hidden[-1], dim))
+
+    @classmethod
+    def copy_of(cls, model: RowModel, dim: int, hidden: Sequence[int], scale: float) -> EagerRVI:
+        """A peer that starts from a model's present values."""
+        posterior = model.posterior
+        assert isinstance(posterior, RelayPosterior)
+        peer = cls(posterior.num_rows, dim, posterior.latent_dim, hidden, posterior.groups, posterior.active, scale)
+        with torch.no_grad():
+            peer.relays.copy_(posterior.relays)
+            for name in ("coef", "residual", "log_std"):
+                getattr(peer, name).weight.copy_(posterior.table.read(name))
+            linears = [layer for layer in model.decoder.modules() if isinstance(layer, nn.Linear)]
+            for mine, theirs in zip((m for m in peer.decoder if isinstance(m, nn.Linear)), linears, strict=True):
+                mine.load_state_dict(theirs.state_dict())
+        return peer
+
+    def forward(self, rows: Tensor, x: Tensor, mask: Tensor, noise: Tensor) -> Tensor:
+        """Mean negative ELBO of a batch. rows [B], x [B, D], mask [B, D] bool, noise [B, T]."""
+        mean, first = self.residual(rows), 0
+        for coef, active in zip(self.coef(rows).split(self.groups, dim=1), self.active, strict=True):
+            top = coef.abs().topk(active, dim=1).indices
+            mean = mean + torch.einsum("bk,bkt->bt", coef.gather(1, top), self.relays[first + top])
+            first += coef.shape[1]
+        log_std = self.log_std(rows)
+        xhat = self.decoder(mean + log_std.exp() * noise)
+        nll = 0.5 * ((x - xhat) / self.scale) ** 2 + math.log(self.scale) + 0.5 * math.log(2 * math.pi)
+        kl = 0.5 * (mean**2 + (2 * log_std).exp() - 1) - log_std
+        return ((nll * mask).sum(1) + kl.sum(1)).mean()
