@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ class Settings:
     latent_dim: int
     hidden: tuple[int, ...]
     linear_path: bool
+    activation: str
     scale: float | str
     standardize: bool
     lr: float
@@ -35,18 +37,20 @@ TABLE = Settings(
     latent_dim=16,
     hidden=(128,),
     linear_path=True,
+    activation="silu",
     scale="learned",
     standardize=True,
     lr=1e-2,
     schedule="cosine",
-    weight_decay=0.0,
+    weight_decay=0.1,
     batch_size=64,
-    epochs=300,
+    epochs=200,
 )
 IMAGE = Settings(
     latent_dim=64,
     hidden=(256,),
     linear_path=True,
+    activation="relu",
     scale="learned",
     standardize=False,
     lr=3e-3,
@@ -61,6 +65,7 @@ PAPER: dict[str, Any] = dict(
     latent_dim=64,
     hidden=(64, 64),
     linear_path=False,
+    activation="relu",
     groups=(25, 50, 100),
     active=0.5,
     kl_weight=1.0,
@@ -75,13 +80,17 @@ PAPER: dict[str, Any] = dict(
 PAPER_SCALE = 0.02**0.5
 
 
-def settings_for(dtype: np.dtype, statistics: ColumnStatistics) -> Settings:
-    """IMAGE for uint8, or for many columns that all lie in [0, 1]; else TABLE."""
+def settings_for(dtype: np.dtype, statistics: ColumnStatistics, num_rows: int) -> Settings:
+    """IMAGE for uint8, or for many columns that all lie in [0, 1]; else TABLE with a batch of about N/8 rows.
+
+    What a learning rate does to a row depends on N/B (docs/math.md), so the batch grows with the table while it is small.
+    """
     seen = statistics.count > 0
     in_unit_interval = bool((statistics.low[seen] >= 0).all() and (statistics.high[seen] <= 1).all())
     if dtype == np.uint8 or (in_unit_interval and len(seen) >= IMAGE_COLUMNS):
         return IMAGE
-    return TABLE
+    batch_size = 2 ** round(math.log2(max(1.0, num_rows / 8)))
+    return dataclasses.replace(TABLE, batch_size=min(max(batch_size, 32), 256))
 
 
 def likelihood_for(settings: Settings) -> Likelihood:

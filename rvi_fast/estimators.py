@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from . import defaults, io, ops
-from .infer import BLOCK, PROTOCOLS, InferencePlan, Posterior, fit_new_rows, padded_block
+from .infer import ELBO_DRAWS, PROTOCOLS, InferencePlan, Posterior, fit_new_rows, map_blocks, padded_block
 from .likelihoods import Gaussian, Likelihood
 from .model import Encoder, EncoderModel, LatentModel, RowModel
 from .nn import ACTIVATIONS, MeanFieldPosterior, MLPDecoder, RelayPosterior
 from .observations import ColumnStatistics, ColumnUnits, Observations
 from .optim import MODES, RowAdam
+from .row_store import RowParameter
 from .train import SCHEDULES, HiddenCells, Plan, Trainer
 
 ROWS_AT_ONCE = 1024  # rows decoded together when reading results
@@ -53,6 +54,7 @@ class Estimator:
     latent_dim_: int
     hidden_: tuple[int, ...]
     linear_path_: bool
+    activation_: str
     likelihood_: Likelihood
     standardize_: bool
     lr_: float
@@ -106,7 +108,7 @@ class Estimator:
         for name in ("linear_path", "standardize"):
             if getattr(self, name) not in (True, False, "auto"):
                 raise ValueError(f"{name} must be True, False or 'auto'; got {getattr(self, name)!r}")
-        if self.activation not in ACTIVATIONS:
+        if self.activation not in ("auto", *ACTIVATIONS):
             raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}; got {self.activation!r}")
         if isinstance(self.seed, bool) or not isinstance(self.seed, (int, np.integer)):
             raise ValueError(f"seed must be an int; got {self.seed!r}")
@@ -170,7 +172,7 @@ class Estimator:
 
     def _resolve(self, data: Observations, statistics: ColumnStatistics) -> None:
         """Replace every "auto" by what the data ask for; results carry a trailing underscore."""
-        auto = defaults.settings_for(data.values.dtype, statistics)
+        auto = defaults.settings_for(data.values.dtype, statistics, len(data))
         for name in defaults.AUTO:
             value = getattr(self, name)
             setattr(self, name + "_", getattr(auto, name) if isinstance(value, str) and value == "auto" else value)
@@ -203,7 +205,7 @@ class Estimator:
             self.n_features_in_,
             self.hidden_,
             linear_path=self.linear_path_,
-            activation=self.activation,
+            activation=self.activation_,
         )
 
     def _make_model(self, num_rows: int, statistics: ColumnStatistics | None) -> LatentModel:
@@ -218,7 +220,13 @@ class Estimator:
         self._data: Observations | None = None
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
-        return [{"params": list(self.model_.parameters()), "lr": self.lr_, "weight_decay": self.weight_decay_}]
+        learned_scale = list(self.model_.likelihood.parameters())
+        apart = {id(p) for p in learned_scale}
+        weights = [p for p in self.model_.parameters() if id(p) not in apart and not isinstance(p, RowParameter)]
+        return [
+            {"params": weights, "lr": self.lr_, "weight_decay": self.weight_decay_},
+            *([{"params": learned_scale, "lr": self.lr_}] if learned_scale else []),
+        ]
 
     def _trainer(self, data: Observations, val_cells: float, max_steps: int | None) -> Trainer:
         optimizer = RowAdam(self._parameter_groups(), mode=getattr(self, "optimizer_mode", "dense"))
@@ -327,6 +335,15 @@ class Estimator:
         self._check_fitted()
         return self._training_posterior()
 
+    @property
+    def scale_(self) -> np.ndarray:
+        """The Gaussian likelihood's standard deviation of every column, in the user's units, float64 [D]."""
+        self._check_fitted()
+        likelihood = self.model_.likelihood
+        if not isinstance(likelihood, Gaussian):
+            raise AttributeError(f"scale_ belongs to a Gaussian likelihood; this model has {type(likelihood).__name__}")
+        return likelihood.scale().detach().cpu().double().numpy() * self.units_.scale
+
     def _training_posterior(self) -> Posterior:
         assert isinstance(self.model_, RowModel)
         post = self.model_.posterior
@@ -337,7 +354,8 @@ class Estimator:
             parts = [(post.mean_of(p), post.log_std_of(p).exp()) for p in parameters.split(ROWS_AT_ONCE)]
         mean, std = (torch.cat(t).cpu() for t in zip(*parts, strict=True))
         unknown = torch.full((len(mean),), float("nan"))
-        return Posterior(mean, std, unknown, torch.zeros(len(mean), dtype=torch.bool), parameters.cpu())
+        converged = torch.zeros(len(mean), dtype=torch.bool)
+        return Posterior(mean, std, unknown, converged, torch.arange(len(mean)), parameters.cpu())
 
     def _posterior_of(self, X: Any, mask: Any, posterior: Posterior | None, **infer: Any) -> Posterior:
         if posterior is not None:
@@ -350,15 +368,16 @@ class Estimator:
             return self.posterior_
         return self.infer(X, mask, **infer)
 
-    @torch.no_grad()
     def _decode(self, z: Tensor) -> np.ndarray:
-        """E[x | z] in the model's units, float32 [B, D], in whole blocks: bits do not depend on the rest of the call."""
+        """E[x | z] in the model's units, float64 [B, D], in whole blocks: bits do not depend on the rest of the call."""
         model = self.model_
-        parts = []
-        for block in z.split(BLOCK):
-            xhat = model.decoder(padded_block(block).to(self.device_))
-            parts.append(model.likelihood.mean(xhat)[: len(block)].cpu())
-        return torch.cat(parts).numpy()
+
+        @torch.no_grad()
+        def decode(block: slice) -> Tensor:
+            part = z[block]
+            return model.likelihood.mean(model.decoder(padded_block(part).to(self.device_)))[: len(part)].cpu()
+
+        return torch.cat(list(map_blocks(decode, len(z)))).double().numpy()
 
     def impute(
         self,
@@ -386,8 +405,8 @@ class Estimator:
             raise ValueError(f"posterior has {len(post)} rows, but X has {len(data)}")
         if n_samples is None:
             return data.like_container(self._fill(data, post.mean))
-        ids = torch.arange(len(data)) if X is None else data.row_ids()
-        fillings = [self._fill(data, self._draw(post, ids, draw)) for draw in range(n_samples)]
+        draws = (post.mean + post.std * self._noise(post.row_ids, draw) for draw in range(n_samples))
+        fillings = [self._fill(data, z) for z in draws]
         if isinstance(data.container, (np.ndarray, Tensor)):
             return data.like_container(np.stack(fillings))
         return [data.like_container(filled) for filled in fillings]
@@ -399,17 +418,15 @@ class Estimator:
             )
         return self._data
 
-    def _draw(self, posterior: Posterior, ids: Tensor, draw: int, seed: int | None = None) -> Tensor:
-        seed = self.seed if seed is None else seed
-        noise = ops.philox_normal(seed, "impute", 0, ids, posterior.mean.shape[1], draw=draw)
-        return posterior.mean + posterior.std * noise
+    def _noise(self, ids: Tensor, draw: int) -> Tensor:
+        return ops.philox_normal(self.seed, "impute", 0, ids, self.latent_dim_, draw=draw)
 
     def _fill(self, data: Observations, z: Tensor) -> np.ndarray:
         filled = np.empty((len(data), data.num_columns), dtype=data.output_dtype())
         for start in range(0, len(data), ROWS_AT_ONCE):
             block = slice(start, start + ROWS_AT_ONCE)
             values, observed = data.read(block)
-            filled[block] = self.units_.to_user(self._decode(z[block]).astype(np.float64))
+            filled[block] = self.units_.to_user(self._decode(z[block]))
             np.copyto(filled[block], values.astype(filled.dtype, copy=False), where=observed)
         return filled
 
@@ -436,7 +453,7 @@ class Estimator:
         self._check_fitted()
         post = self._posterior_of(X, mask, posterior, **infer)
         z = post.mean if up_to_group is None and residual else self._partial_mean(post, up_to_group, residual)
-        return self.units_.to_user(self._decode(z).astype(np.float64))
+        return self.units_.to_user(self._decode(z))
 
     def _partial_mean(self, posterior: Posterior, up_to_group: int | None, residual: bool) -> Tensor:
         raise TypeError(f"up_to_group and residual belong to RVI's relays; {type(self).__name__} has none")
@@ -447,24 +464,23 @@ class Estimator:
         if posterior is None and X is not None:
             return self.infer(X, mask, **infer).elbo.numpy()
         data = self._training_data() if X is None else self._new_rows(X, mask)
-        post = self._posterior_of(X, mask, posterior, **infer)
-        ids = torch.arange(len(data)) if X is None else data.row_ids()
-        return self._elbo(data, post, ids)
+        return self._elbo(data, self._posterior_of(X, mask, posterior, **infer))
 
-    @torch.no_grad()
-    def _elbo(self, data: Observations, posterior: Posterior, ids: Tensor, draws: int = 8) -> np.ndarray:
-        out = np.zeros(len(data), dtype=np.float32)
-        for start in range(0, len(data), ROWS_AT_ONCE):
-            block = slice(start, start + ROWS_AT_ONCE)
-            x, mask = self.units_.to_model(*data.read(block))
-            part = Posterior(*(t[block] for t in (posterior.mean, posterior.std, posterior.elbo, posterior.converged)))
-            _, kl = ops.gaussian_sample(part.mean, part.std.log(), None)
-            for draw in range(draws):
-                xhat = self.model_.decoder(self._draw(part, ids[block], draw).to(self.device_)).cpu()
-                nll = self.model_.likelihood.cpu().nll(xhat, x, mask)
-                out[block] -= (nll + kl).numpy() / draws
-        self.model_.likelihood.to(self.device_)
-        return out
+    def _elbo(self, data: Observations, posterior: Posterior) -> np.ndarray:
+        model = self.model_
+
+        @torch.no_grad()
+        def elbo(block: slice) -> Tensor:
+            x, mask = (padded_block(t).to(self.device_) for t in self.units_.to_model(*data.read(block)))
+            mean, std = (padded_block(t[block]).to(self.device_) for t in (posterior.mean, posterior.std))
+            row_ids = padded_block(posterior.row_ids[block]).to(self.device_)
+            total = -ops.gaussian_sample(mean, std.log(), None)[1]
+            for draw in range(ELBO_DRAWS):
+                z = mean + std * self._noise(row_ids, draw)
+                total -= model.likelihood.nll(model.decoder(z), x, mask) / ELBO_DRAWS
+            return total[: len(posterior.row_ids[block])].cpu()
+
+        return torch.cat(list(map_blocks(elbo, len(data)))).numpy()
 
     def sample(self, n: int, *, source: str = "prior", noise: bool = False, seed: int | None = None) -> np.ndarray:
         """n new rows [n, D] in the user's units: z from the prior N(0, I), or from the posteriors of random training
@@ -531,12 +547,7 @@ class RowEstimator(Estimator):
     def _parameter_groups(self) -> list[dict[str, Any]]:
         assert isinstance(self.model_, RowModel)
         rows = list(self.model_.posterior.table.parameters())
-        owned = {id(p) for p in rows}
-        shared = [p for p in self.model_.parameters() if id(p) not in owned]
-        return [
-            {"params": rows, "lr": self._row_lr()},
-            {"params": shared, "lr": self.lr_, "weight_decay": self.weight_decay_},
-        ]
+        return [{"params": rows, "lr": self._row_lr()}, *super()._parameter_groups()]
 
 
 class RVI(RowEstimator):
@@ -583,8 +594,8 @@ class RVI(RowEstimator):
         schedule: str = "auto",
         weight_decay: float | str = "auto",
         coefficients: str = "linear",
-        activation: str = "relu",
-        log_std: float = -1.0,
+        activation: str = "auto",
+        log_std: float = -2.0,
         keep_empty_columns: bool = False,
         **unknown: Any,
     ):
@@ -647,8 +658,8 @@ class VAD(RowEstimator):
         *,
         schedule: str = "auto",
         weight_decay: float | str = "auto",
-        activation: str = "relu",
-        log_std: float = -1.0,
+        activation: str = "auto",
+        log_std: float = -2.0,
         keep_empty_columns: bool = False,
         **unknown: Any,
     ):
@@ -685,7 +696,7 @@ class VAE(Estimator):
         missing: str = "zero+mask",
         schedule: str = "auto",
         weight_decay: float | str = "auto",
-        activation: str = "relu",
+        activation: str = "auto",
         keep_empty_columns: bool = False,
         **unknown: Any,
     ):
@@ -699,7 +710,7 @@ class VAE(Estimator):
     def _make_model(self, num_rows: int, statistics: ColumnStatistics | None) -> EncoderModel:
         mean = np.zeros(self.n_features_in_) if statistics is None else statistics.mean
         model_mean = torch.tensor((mean - self.units_.shift) / self.units_.scale, dtype=torch.float32)
-        encoder = Encoder(model_mean, self.latent_dim_, self.hidden_[::-1], self.activation, self.missing)
+        encoder = Encoder(model_mean, self.latent_dim_, self.hidden_[::-1], self.activation_, self.missing)
         return EncoderModel(encoder, self._decoder(), self.likelihood_, self.kl_weight, self.seed)
 
     def infer(
@@ -715,25 +726,27 @@ class VAE(Estimator):
         """The posterior of new rows, by one pass of the encoder; steps, lr and protocol have no effect."""
         data = self._new_rows(X, mask)
         ids = data.row_ids() if row_ids is None else _as_row_ids(row_ids, len(data))
-        posterior = self._encode(data)
-        posterior.elbo = torch.from_numpy(self._elbo(data, posterior, ids))
+        posterior = self._encode(data, ids)
+        posterior.elbo = torch.from_numpy(self._elbo(data, posterior))
         return posterior
 
-    @torch.no_grad()
-    def _encode(self, data: Observations) -> Posterior:
-        assert isinstance(self.model_, EncoderModel)
-        parts = []
-        for start in range(0, len(data), BLOCK):
-            x, mask = self.units_.to_model(*data.read(slice(start, start + BLOCK)))
-            full = (padded_block(t).to(self.device_) for t in (x, mask))
-            parts.append([t[: len(x)].cpu() for t in self.model_.encoder(*full)])
-        mean, log_std = (torch.cat(t) for t in zip(*parts, strict=True))
-        return Posterior(
-            mean, log_std.exp(), torch.full((len(mean),), float("nan")), torch.ones(len(mean), dtype=torch.bool)
-        )
+    def _encode(self, data: Observations, ids: Tensor) -> Posterior:
+        model = self.model_
+        assert isinstance(model, EncoderModel)
+
+        @torch.no_grad()
+        def encode(block: slice) -> list[Tensor]:
+            x, mask = self.units_.to_model(*data.read(block))
+            encoded = model.encoder(padded_block(x).to(self.device_), padded_block(mask).to(self.device_))
+            return [t[: len(x)].cpu() for t in encoded]
+
+        mean, log_std = (torch.cat(t) for t in zip(*map_blocks(encode, len(data)), strict=True))
+        unknown = torch.full((len(mean),), float("nan"))
+        return Posterior(mean, log_std.exp(), unknown, torch.ones(len(mean), dtype=torch.bool), ids)
 
     def _training_posterior(self) -> Posterior:
-        return self._encode(self._training_data())
+        data = self._training_data()
+        return self._encode(data, torch.arange(len(data)))
 
 
 def _argument_defaults(cls: type[Estimator]) -> dict[str, Any]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextvars
 import dataclasses
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,14 +31,15 @@ PROTOCOLS = ("row", "epochs")
 class Posterior:
     """q(z|x) of M rows.
 
-    mean, std: [M, T]; elbo: [M], nats, in the model's units; converged: bool [M]; parameters: the rows' own parameters
-    [M, C] (coefficients, residual, log std), None where there are none (VAE).
+    mean, std: [M, T]; elbo: [M], nats, in the model's units; converged: bool [M]; row_ids: int64 [M], what the rows'
+    noise is keyed by; parameters: the rows' own parameters [M, C] (coefficients, residual, log std), None for a VAE.
     """
 
     mean: Tensor
     std: Tensor
     elbo: Tensor
     converged: Tensor
+    row_ids: Tensor
     parameters: Tensor | None = None
 
     def __len__(self) -> int:
@@ -69,36 +70,44 @@ def fit_new_rows(
     was_training = model.training
     model.eval()
     clocks = _clocks_between_visits(plan)
-    starts = range(0, len(data), BLOCK)
+    bar = tqdm(
+        total=-(-len(data) // BLOCK), delay=BAR_DELAY_S, disable=not show_progress, unit="block", leave=False
+    )
 
-    def fit(start: int) -> tuple[Tensor, ...]:
-        return _fit_block(model, data, units, row_ids, start, plan, clocks)
+    def fit(block: slice) -> tuple[Tensor, ...]:
+        return _fit_block(model, data, units, row_ids, block, plan, clocks)
 
-    bar = tqdm(total=len(starts), delay=BAR_DELAY_S, disable=not show_progress, unit="block", leave=False)
+    blocks = []
     try:
         with bar:
-            blocks = [_advance(bar, block) for block in _one_thread_each(fit, starts)]
+            for block in map_blocks(fit, len(data)):
+                blocks.append(block)
+                bar.update()
     finally:
         model.train(was_training)
     mean, std, elbo, converged, parameters = (torch.cat(parts) for parts in zip(*blocks, strict=True))
-    return Posterior(mean, std, elbo, converged, parameters)
+    return Posterior(mean, std, elbo, converged, row_ids, parameters)
 
 
-def _advance(bar: tqdm, block: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    bar.update()
-    return block
+def map_blocks(function: Callable[[slice], Any], num_rows: int) -> Iterator[Any]:
+    """function(block) for blocks of 64 rows, in order: one thread a block, blocks in parallel.
 
-
-def _one_thread_each(fit: Callable[[int], tuple[Tensor, ...]], starts: range) -> Iterator[tuple[Tensor, ...]]:
-    """fit(start) for every start, one thread a block, blocks in parallel: matmuls change bits with their thread count."""
+    Matmuls change bits with the shape of the batch and with their thread count; both are fixed here.
+    """
+    blocks = [slice(start, start + BLOCK) for start in range(0, num_rows, BLOCK)]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with ThreadPoolExecutor(min(threads, len(starts), os.cpu_count() or 1)) as pool:
-            blocks = [pool.submit(contextvars.copy_context().run, fit, start) for start in starts]
-            yield from (block.result() for block in blocks)
+        with ThreadPoolExecutor(min(threads, len(blocks))) as pool:
+            futures = [pool.submit(contextvars.copy_context().run, function, block) for block in blocks]
+            yield from (future.result() for future in futures)
     finally:
         torch.set_num_threads(threads)
+
+
+def padded_block(t: Tensor) -> Tensor:
+    """t with zero rows added up to a full block."""
+    return torch.cat((t, t.new_zeros(BLOCK - len(t), *t.shape[1:]))) if len(t) < BLOCK else t
 
 
 def _clocks_between_visits(plan: InferencePlan) -> list[AdamClock] | None:
@@ -120,14 +129,14 @@ def _fit_block(
     data: Observations,
     units: ColumnUnits,
     row_ids: Tensor,
-    start: int,
+    block: slice,
     plan: InferencePlan,
     clocks: list[AdamClock] | None,
 ) -> tuple[Tensor, ...]:
-    x, mask = units.to_model(*data.read(slice(start, start + BLOCK)))
+    x, mask = units.to_model(*data.read(block))
     size = len(x)
     device = model.decoder.head.weight.device
-    x, mask, ids = (padded_block(t).to(device) for t in (x, mask, row_ids[start : start + BLOCK]))
+    x, mask, ids = (padded_block(t).to(device) for t in (x, mask, row_ids[block]))
     posterior = model.posterior
     p = posterior.initial_values(ids).to(device)
     m, v = torch.zeros_like(p), torch.zeros_like(p)
@@ -147,11 +156,6 @@ def _fit_block(
         mean, std = posterior.mean_of(p), posterior.log_std_of(p).exp()
     converged = empty | ((elbo - elbo_before).abs() <= CONVERGED * (1 + elbo.abs()))
     return tuple(t[:size].cpu() for t in (mean, std, elbo, converged, p))
-
-
-def padded_block(t: Tensor) -> Tensor:
-    """t with zero rows added up to a full block."""
-    return torch.cat((t, t.new_zeros(BLOCK - len(t), *t.shape[1:]))) if len(t) < BLOCK else t
 
 
 def _gradient(model: RowModel, p: Tensor, x: Tensor, mask: Tensor, ids: Tensor, step: int, seed: int) -> Tensor:

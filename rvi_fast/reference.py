@@ -1,7 +1,7 @@
 """The equations of Relay Variational Inference in plain PyTorch: the specification that every kernel is tested against.
 
-Equation numbers are those of the RVI paper (arXiv 2110.13422) as listed in docs/math.md. Everything works in float32 and
-float64 and is differentiable by autograd where a gradient makes sense. Nothing here checks its input; `ops` does.
+Equation numbers are those of docs/math.md. Everything works in float32 and float64 and is differentiable by autograd
+where a gradient makes sense. Nothing here checks its input; `ops` does.
 """
 
 from __future__ import annotations

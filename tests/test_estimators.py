@@ -387,6 +387,24 @@ def test_draws_spread_around_the_mean(cls, kw):
     assert (draws[:, ~holes] == X[~holes]).all() and (draws.std(0)[holes] > 0).all()
 
 
+def test_scale_is_in_the_users_units():
+    X = table(rate=0)
+    small, large = fitted(RVI, SMALL | RELAYS, X), fitted(RVI, SMALL | RELAYS, X * 1000)
+    assert small.scale_.shape == (6,) and np.allclose(large.scale_, 1000 * small.scale_, rtol=1e-3)
+    fixed = RVI(**SMALL, **RELAYS, likelihood=Gaussian(0.5)).fit(X)
+    assert np.allclose(fixed.scale_, 0.5 * X.std(0))
+
+
+def test_weight_decay_leaves_the_learned_scale_alone():
+    model = RVI(**SMALL, **RELAYS)
+    model.fit(table())
+    for group in model._parameter_groups():
+        decays = group.get("weight_decay", 0) > 0
+        names = {n for n, p in model.model_.named_parameters() if any(p is q for q in group["params"])}
+        assert decays == any(n.startswith("decoder") or n.endswith("relays") for n in names)
+        assert not decays or not any("table" in n or "scale" in n for n in names)
+
+
 def test_deepcopy_and_get_params():
     model = fitted(RVI, SMALL | RELAYS)
     twin = copy.deepcopy(model)
@@ -397,7 +415,7 @@ def test_deepcopy_and_get_params():
 
 def test_posterior_is_a_plain_record():
     posterior = fitted(RVI, SMALL | RELAYS).posterior_
-    assert [f.name for f in dataclasses.fields(posterior)] == ["mean", "std", "elbo", "converged", "parameters"]
+    assert [f.name for f in dataclasses.fields(posterior)] == ["mean", "std", "elbo", "converged", "row_ids", "parameters"]
 
 
 def test_no_warning_in_an_ordinary_fit():

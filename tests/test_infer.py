@@ -64,6 +64,8 @@ def test_row_ids_key_the_noise():
     assert torch.equal(same[0], same[1])
     mean = model.infer(X, steps=5, row_ids=np.array([1, 2, 1])).mean
     assert torch.equal(mean[0], mean[2]) and not torch.equal(mean[0], mean[1])
+    draws = model.impute(X, n_samples=2, steps=5, row_ids=np.array([1, 2, 1]))
+    assert np.array_equal(draws[:, 0], draws[:, 2]) and not np.array_equal(draws[:, 0], draws[:, 1])
 
 
 def test_row_hashes_see_values_mask_and_place_only():
