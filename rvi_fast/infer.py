@@ -21,7 +21,8 @@ from .train import BAR_DELAY_S, SCHEDULES
 
 BLOCK = 64  # rows fitted together, always exactly so many: a row's bits do not depend on the call it came in
 ELBO_DRAWS = 8  # samples of z in the ELBO that is reported
-CONVERGED = 0.01  # a row has converged if the last tenth of the steps changed its ELBO (same draws) by a smaller share
+CONVERGED = 0.01  # a row has converged if PROBES more steps at the full rate would not raise its ELBO by a larger share
+PROBES = (1, 10)
 
 HYPER = AdamHyper(0.9, 0.999, 1e-8)
 PROTOCOLS = ("row", "epochs")
@@ -55,6 +56,10 @@ class InferencePlan:
     schedule: str
     seed: int
     missed: int = 0
+
+    def adam_step(self, visit: int) -> int:
+        """Adam's step number of a visit of the row (from 0)."""
+        return 1 + visit * (self.missed + 1)
 
     def lr_at(self, step: int) -> float:
         return self.lr * SCHEDULES[self.schedule](step / self.steps)
@@ -117,7 +122,7 @@ def _clocks_between_visits(plan: InferencePlan) -> list[AdamClock] | None:
     clocks = []
     window = HYPER.window() or 0
     for visit in range(plan.steps):
-        clock = AdamClock(HYPER, steps=1 + visit * (plan.missed + 1))
+        clock = AdamClock(HYPER, steps=plan.adam_step(visit))
         for _ in range(min(plan.missed, window)):  # momentum is spent after `window` steps
             clock.advance(plan.lr_at(visit))
         clocks.append(clock)
@@ -140,32 +145,42 @@ def _fit_block(
     posterior = model.posterior
     p = posterior.initial_values(ids).to(device)
     m, v = torch.zeros_like(p), torch.zeros_like(p)
-    before = p
     for step in range(plan.steps):
-        if step == plan.steps - max(1, plan.steps // 10):
-            before = p
         grad = _gradient(model, p, x, mask, ids, step, plan.seed)
-        u = 1 + step * (plan.missed + 1)
-        p, m, v = reference.adamw_step(p, m, v, grad, u, plan.lr_at(step), HYPER)
+        p, m, v = reference.adamw_step(p, m, v, grad, plan.adam_step(step), plan.lr_at(step), HYPER)
         if clocks is not None and step < plan.steps - 1:
             p, m, v = _age(p, m, v, clocks[step], plan.missed)
     empty = ~mask.any(1)
     p = _prior_where(posterior, p, empty)
+    elbo = _elbo(model, p, x, mask, ids, plan.seed)
+    converged = empty | _cannot_gain(model, p, v, elbo, x, mask, ids, plan)
     with torch.no_grad():
-        elbo, elbo_before = (_elbo(model, values, x, mask, ids, plan.seed) for values in (p, before))
         mean, std = posterior.mean_of(p), posterior.log_std_of(p).exp()
-    converged = empty | ((elbo - elbo_before).abs() <= CONVERGED * (1 + elbo.abs()))
     return tuple(t[:size].cpu() for t in (mean, std, elbo, converged, p))
 
 
-def _gradient(model: RowModel, p: Tensor, x: Tensor, mask: Tensor, ids: Tensor, step: int, seed: int) -> Tensor:
+def _gradient(
+    model: RowModel, p: Tensor, x: Tensor, mask: Tensor, ids: Tensor, step: int, seed: int, draw: int = 0
+) -> Tensor:
     """Gradient of each row's own loss [B, C]: rows do not see each other."""
     with torch.enable_grad():
         p = p.detach().requires_grad_()
-        z, kl = model.posterior.sample_values(p, row_ids=ids, stream="infer", step=step, seed=seed)
+        z, kl = model.posterior.sample_values(p, row_ids=ids, stream="infer", step=step, seed=seed, draw=draw)
         loss = model.row_loss(model.likelihood.nll(model.decoder(z), x, mask), kl)
         (grad,) = torch.autograd.grad(loss.sum(), p)
     return grad
+
+
+def _cannot_gain(
+    model: RowModel, p: Tensor, v: Tensor, elbo: Tensor, x: Tensor, mask: Tensor, ids: Tensor, plan: InferencePlan
+) -> Tensor:
+    """Which rows a few more steps along Adam's direction would not improve; a rate that went to 0 proves nothing. [B] bool."""
+    draws = range(ELBO_DRAWS + 1, 2 * ELBO_DRAWS + 1)  # not those that judge: any row can gain on draws it is fitted to
+    grad = sum(_gradient(model, p, x, mask, ids, 0, plan.seed, draw) for draw in draws) / ELBO_DRAWS
+    bc2 = HYPER.bias_corrections(plan.adam_step(plan.steps - 1))[1].to(v)
+    direction = plan.lr * grad / ((v / bc2).sqrt() + HYPER.eps)
+    gains = [_elbo(model, p - steps * direction, x, mask, ids, plan.seed) - elbo for steps in PROBES]
+    return torch.stack(gains).amax(0) <= CONVERGED * (1 + elbo.abs())
 
 
 def _age(p: Tensor, m: Tensor, v: Tensor, clock: AdamClock, missed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -179,7 +194,9 @@ def _prior_where(posterior: torch.nn.Module, p: Tensor, empty: Tensor) -> Tensor
     return torch.where(empty[:, None], torch.zeros_like(p), p)
 
 
+@torch.no_grad()
 def _elbo(model: RowModel, p: Tensor, x: Tensor, mask: Tensor, ids: Tensor, seed: int) -> Tensor:
+    """Mean over fixed draws of z of the rows' ELBO [B]."""
     total = torch.zeros(len(p), device=p.device)
     for draw in range(1, ELBO_DRAWS + 1):
         z, kl = model.posterior.sample_values(p, row_ids=ids, stream="infer", seed=seed, draw=draw)

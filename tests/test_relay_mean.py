@@ -107,6 +107,13 @@ def test_strided_input():
     assert torch.equal(relay_mean(*strided, GROUPS, ACTIVE), relay_mean(coef, relays, GROUPS, ACTIVE))
 
 
+@pytest.mark.parametrize("active", [1, 300, 699])
+def test_ties_go_to_the_lower_index_in_a_large_group(active):
+    values = np.random.default_rng(0).integers(-1, 2, (4, 700)).astype(float)
+    mean = relay_mean(*leaves(values, np.eye(700)), [700], [active])
+    np.testing.assert_array_equal(mean.detach(), weights(values, [700], [active])[0])
+
+
 def test_one_active_coefficient_is_clustering():
     coef, relays = example(rows=5)
     best = coef.abs().argmax(1)

@@ -436,26 +436,27 @@ def test_continuing_from_state_dicts_equals_not_stopping():
 
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Adam])
 def test_state_dict_exchanges_with_torch(kind):
-    """Rows, then embeddings, then rows again, each taking over the other's state."""
+    """Rows and embeddings take turns, each taking over the other's values and state."""
 
     def settings(model: Model) -> dict:
         return {"params": [*model.columns(), *model.head.parameters()], "lr": 1e-2, "weight_decay": 0.0}
 
-    def hand_over(model: Model, optimizer: torch.optim.Optimizer, to: Model, its: torch.optim.Optimizer) -> Pair:
-        give(to, model.values())
-        to.head.load_state_dict(model.head.state_dict())
-        for _ in range(2):  # loading leaves an optimizer that can load again
-            its.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-        return to, its
-
     truth = make(OnEmbeddings)
     plain(truth, kind(**settings(truth)))
 
-    first, middle, last = make(OnRows), make(OnEmbeddings), make(OnRows)
-    pair = plain(first, RowAdam(**settings(first)), 0, 12)
-    pair = plain(*hand_over(*pair, middle, kind(**settings(middle))), 12, 24)
-    plain(*hand_over(*pair, last, RowAdam(**settings(last))), 24)
-    assert_same(last, truth)
+    model = make(OnEmbeddings)
+    optimizer = kind(**settings(model))
+    plain(model, optimizer, 0, 9)
+    for start, table in ((9, OnRows), (18, OnEmbeddings), (27, OnRows)):
+        values, head, state = model.values(), model.head.state_dict(), optimizer.state_dict()
+        model = make(table)
+        optimizer = (RowAdam if table is OnRows else kind)(**settings(model))
+        give(model, values)
+        model.head.load_state_dict(head)
+        for _ in range(2):  # loading leaves an optimizer that can load again
+            optimizer.load_state_dict(copy.deepcopy(state))
+        plain(model, optimizer, start, start + 9)
+    assert_same(model, truth)
 
 
 def test_skipped_step_advances_nothing():
