@@ -83,7 +83,7 @@ PAPER_SCALE = 0.02**0.5
 def settings_for(dtype: np.dtype, statistics: ColumnStatistics, num_rows: int) -> Settings:
     """IMAGE for uint8, or for many columns that all lie in [0, 1]; else TABLE with a batch of about N/8 rows.
 
-    What a learning rate does to a row depends on N/B (docs/math.md), so the batch grows with the table while it is small.
+    What a learning rate does to a row depends on N/B (docs/math.md), so the batch grows with a small table.
     """
     seen = statistics.count > 0
     in_unit_interval = bool((statistics.low[seen] >= 0).all() and (statistics.high[seen] <= 1).all())

@@ -94,10 +94,8 @@ class Estimator:
             raise ValueError(f"kl_weight must be a number of at least 0; got {self.kl_weight!r}")
         if self.schedule != "auto" and self.schedule not in SCHEDULES:
             raise ValueError(f"schedule must be 'auto' or one of {', '.join(SCHEDULES)}; got {self.schedule!r}")
-        if (
-            (isinstance(self.likelihood, str)
-            and self.likelihood != "auto")
-            or not isinstance(self.likelihood, (str, Likelihood))
+        if (isinstance(self.likelihood, str) and self.likelihood != "auto") or not isinstance(
+            self.likelihood, (str, Likelihood)
         ):
             raise TypeError(
                 "likelihood must be 'auto' or one of rvi_fast.likelihoods, such as Gaussian(0.1); "
@@ -369,7 +367,7 @@ class Estimator:
         return self.infer(X, mask, **infer)
 
     def _decode(self, z: Tensor) -> np.ndarray:
-        """E[x | z] in the model's units, float64 [B, D], in whole blocks: bits do not depend on the rest of the call."""
+        """E[x | z] in the model's units, float64 [B, D]; in blocks, so that a row's bits are its own."""
         model = self.model_
 
         @torch.no_grad()
@@ -561,10 +559,11 @@ class RVI(RowEstimator):
     groups: relays in each group. active: how many of a group a row uses, an int, a share in (0, 1], or one for each
     group. coefficients: "linear" or "softmax" (mixture form). likelihood: Gaussian(scale), Bernoulli() or "auto".
     kl_weight: of the KL term. standardize: zero mean and unit variance columns inside. lr: of decoder and relays;
-    row_lr: of the rows (None: lr). schedule: "constant" or "cosine" (to 0). weight_decay: of decoder and relays, decoupled. batch_size: rows a step. epochs: passes
-    over the rows. optimizer_mode: "dense" or "lazy" (see optim.RowAdam). activation: of the decoder. log_std: its
-    initial value. keep_empty_columns: let columns with nothing observed pass; they are filled with 0. seed: of
-    everything random. device: "auto", "cpu", "cuda", ... progress: a bar for work longer than two seconds.
+    row_lr: of the rows (None: lr). schedule: "constant" or "cosine" (to 0). weight_decay: of decoder and relays,
+    decoupled. batch_size: rows a step. epochs: passes over the rows. optimizer_mode: "dense" or "lazy" (see
+    optim.RowAdam). activation: of the decoder. log_std: its initial value. keep_empty_columns: let columns with
+    nothing observed pass; they are filled with 0. seed: of everything random. device: "auto", "cpu", "cuda", ...
+    progress: a bar for work longer than two seconds.
     """
 
     groups: Sequence[int]

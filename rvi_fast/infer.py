@@ -75,9 +75,7 @@ def fit_new_rows(
     was_training = model.training
     model.eval()
     clocks = _clocks_between_visits(plan)
-    bar = tqdm(
-        total=-(-len(data) // BLOCK), delay=BAR_DELAY_S, disable=not show_progress, unit="block", leave=False
-    )
+    bar = tqdm(total=-(-len(data) // BLOCK), delay=BAR_DELAY_S, disable=not show_progress, unit="block", leave=False)
 
     def fit(block: slice) -> tuple[Tensor, ...]:
         return _fit_block(model, data, units, row_ids, block, plan, clocks)
@@ -174,7 +172,7 @@ def _gradient(
 def _cannot_gain(
     model: RowModel, p: Tensor, v: Tensor, elbo: Tensor, x: Tensor, mask: Tensor, ids: Tensor, plan: InferencePlan
 ) -> Tensor:
-    """Which rows a few more steps along Adam's direction would not improve; a rate that went to 0 proves nothing. [B] bool."""
+    """Which rows more steps at the full rate would not improve (a rate gone to 0 proves nothing), bool [B]."""
     draws = range(ELBO_DRAWS + 1, 2 * ELBO_DRAWS + 1)  # not those that judge: any row can gain on draws it is fitted to
     grad = sum(_gradient(model, p, x, mask, ids, 0, plan.seed, draw) for draw in draws) / ELBO_DRAWS
     bc2 = HYPER.bias_corrections(plan.adam_step(plan.steps - 1))[1].to(v)

@@ -98,8 +98,8 @@ class RowTable(nn.Module):
             if parameter.requires_grad and index not in self.store.trained:
                 raise RuntimeError(
                     f"no RowAdam trains the column range {self.store.names[index]!r} of this RowTable, and no other "
-                    "optimiser can: make rvi_fast.optim.RowAdam(model.parameters()) before the first forward, freeze the "
-                    "range with requires_grad_(False), or read under torch.no_grad()"
+                    "optimiser can: make rvi_fast.optim.RowAdam(model.parameters()) before the first forward, freeze "
+                    "the range with requires_grad_(False), or read under torch.no_grad()"
                 )
 
     @property

@@ -43,7 +43,7 @@ class Observations:
         return f"{column} ({self.names[column]!r})" if self.names else str(column)
 
     def read(self, rows: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Cells of rows (slice or indices) in the user's units and dtype, and which are observed: [B, D], bool [B, D]."""
+        """Cells of rows (slice or indices) as the user gave them, and which are observed: [B, D], bool [B, D]."""
         values = np.ascontiguousarray(self.values[rows])  # one order of cells, one order of sums
         if self.mask is not None:
             return values, np.asarray(self.mask[rows])

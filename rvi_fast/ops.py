@@ -16,10 +16,12 @@ COEFFICIENTS = ("linear", "softmax")
 
 
 def active_counts(groups: Sequence[int], active: int | float | Sequence[int | float]) -> tuple[int, ...]:
-    """|B| of every group. active: an int (a count), a float in (0, 1] (a share of the group, rounded half up), or one each."""
+    """|B| of every group. active: an int (a count), a float in (0, 1] (a share, rounded half up), or one a group."""
     per_group: list[Any] = list(active) if isinstance(active, list | tuple) else [active] * len(groups)
     if len(per_group) != len(groups):
-        raise ValueError(f"active has {len(per_group)} entries for {len(groups)} groups; give one each or a single number")
+        raise ValueError(
+            f"active has {len(per_group)} entries for {len(groups)} groups; give one each or a single number"
+        )
     return tuple(_active_count(k, b) for k, b in zip(groups, per_group, strict=True))
 
 
@@ -38,14 +40,18 @@ def _active_count(group: int, active: int | float) -> int:
 def check_groups(groups: Sequence[int]) -> tuple[int, ...]:
     groups = tuple(groups)
     if not groups or any(isinstance(k, bool) or not isinstance(k, int) or k < 1 for k in groups):
-        raise ValueError(f"groups must be one or more positive ints (relays per group), such as (25, 50, 100); got {groups}")
+        raise ValueError(
+            f"groups must be one or more positive ints (relays per group), such as (25, 50, 100); got {groups}"
+        )
     return groups
 
 
 def check_rows(rows: Tensor, num_rows: int, name: str = "rows") -> None:
     """rows must be integer indices into num_rows rows. Values are checked on the CPU only: a GPU would have to wait."""
     if not isinstance(rows, Tensor) or rows.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"{name} must be an int64 tensor of row indices; got {getattr(rows, 'dtype', type(rows).__name__)}")
+        raise TypeError(
+            f"{name} must be an int64 tensor of row indices; got {getattr(rows, 'dtype', type(rows).__name__)}"
+        )
     if rows.device.type == "cpu" and rows.numel():
         low, high = (int(v) for v in torch.aminmax(rows))
         if low < 0 or high >= num_rows:
@@ -64,7 +70,10 @@ def _check_float(name: str, tensor: Tensor, like: Tensor | None = None) -> None:
     if not tensor.is_floating_point():
         raise TypeError(f"{name} must be a floating-point tensor; got {tensor.dtype}")
     if like is not None and (tensor.dtype != like.dtype or tensor.device != like.device):
-        raise TypeError(f"{name} must be {like.dtype} on {like.device}, as the first argument; got {tensor.dtype} on {tensor.device}")
+        raise TypeError(
+            f"{name} must be {like.dtype} on {like.device} as the first argument is; "
+            f"got {tensor.dtype} on {tensor.device}"
+        )
 
 
 def _check_relays(
@@ -86,15 +95,15 @@ def relay_mean(
 ) -> Tensor:
     """Sum, over groups, of the `active` largest coefficients (in absolute value) times their relays (eq. 4).
 
-    coef [B, K_total], relays [K_total, T] of one floating dtype and device; groups: ints that sum to K_total; active: one
-    int a group. Returns [B, T]. Gradient reaches selected coefficients and the relays; ties go to the lower index.
+    coef [B, K_total], relays [K_total, T] of one floating dtype and device; groups: ints that sum to K_total; active:
+    one int a group. Returns [B, T]. Gradient reaches selected coefficients and the relays; ties go to the lower index.
     """
     counts = _check_relays(coef, relays, groups, active, coefficients)
     return reference.relay_mean(coef, relays, groups, counts, coefficients)
 
 
 def gaussian_sample(mean: Tensor, log_std: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
-    """z = mean + exp(log_std) noise and KL(N(mean, std^2) || N(0, I)). All [B, T]; noise None gives z = mean. -> [B, T], [B]."""
+    """z = mean + exp(log_std) noise [B, T], and KL(N(mean, std^2) || N(0, I)) [B]. All [B, T]; noise None: z = mean."""
     z = mean if noise is None else reference.gaussian_sample(mean, log_std, noise)
     return z, reference.gaussian_kl(mean, log_std)
 
@@ -151,7 +160,7 @@ def _as_scale(scale: Tensor | float, like: Tensor, columns: int) -> Tensor:
     if not isinstance(scale, Tensor) and not scale > 0:
         raise ValueError(f"scale must be above 0; got {scale}")
     scale = torch.as_tensor(scale, dtype=like.dtype, device=like.device)
-    if scale.dim() > 1 or scale.dim() == 1 and scale.shape[0] not in (1, columns):
+    if scale.dim() > 1 or (scale.dim() == 1 and scale.shape[0] not in (1, columns)):
         raise ValueError(f"scale must be one number or one per column ({columns}); got shape {list(scale.shape)}")
     return scale
 
@@ -174,7 +183,13 @@ def linear_masked_gaussian_nll(
     0.5 ((x - xhat)/scale)^2 + log(scale) + 0.5 log(2 pi). Gradients to h, weight, bias and scale.
     """
     sizes: dict[str, int] = {}
-    for name, tensor, shape in (("h", h, "BH"), ("weight", weight, "DH"), ("bias", bias, "D"), ("x", x, "BD"), ("mask", mask, "BD")):
+    for name, tensor, shape in (
+        ("h", h, "BH"),
+        ("weight", weight, "DH"),
+        ("bias", bias, "D"),
+        ("x", x, "BD"),
+        ("mask", mask, "BD"),
+    ):
         _check_shape(name, tensor, shape, sizes)
     _check_float("h", h)
     _check_float("weight", weight, h)
@@ -196,8 +211,8 @@ def philox_normal(
 ) -> Tensor:
     """Standard normals that depend on (seed, stream, draw, step, row id, latent index) alone: Philox-4x32-10.
 
-    seed: 64-bit int; stream: "train", "infer", "impute" or "init"; step: int or int64 tensor []; row_ids: int64 [B], global; dim: latents, at
-    most 16,384; draw: 0 to 65,535. Returns [B, dim] on the device of row_ids.
+    seed: 64-bit int; stream: "train", "infer", "impute" or "init"; step: int or int64 tensor []; row_ids: int64 [B],
+    global; dim: latents, at most 16,384; draw: 0 to 65,535. Returns [B, dim] on the device of row_ids.
     """
     if stream not in reference.STREAMS:
         raise ValueError(f"stream must be one of {', '.join(reference.STREAMS)}; got {stream!r}")
@@ -251,9 +266,9 @@ def row_adam_(
 ) -> None:
     """One AdamW step of the touched rows, in place, then of the clocks (docs/math.md).
 
-    values [N, 3, C]: p, m, v of a row together; last [N] int32: the clock's reading at a row's last step; rows int64 [B],
-    without repeats; grad [B, C]; one lr and one weight_decay for each of `columns`. With an AdamClock, rows not named here
-    follow the dense trajectory too: the clock remembers the step, and a later read catches them up.
+    values [N, 3, C]: p, m, v of a row together; last [N] int32: the clock's reading at a row's last step; rows int64
+    [B], without repeats; grad [B, C]; one lr and one weight_decay for each of `columns`. With an AdamClock, rows not
+    named here follow the dense trajectory too: the clock remembers the step, and a later read catches them up.
     """
     sizes: dict[str, int] = {}
     _check_shape("values", values, ("N", 3, "C"), sizes)

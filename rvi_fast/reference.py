@@ -29,7 +29,8 @@ WORD = 0xFFFFFFFF
 def philox(key: tuple[int, int], counter: Sequence[Tensor | int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Philox-4x32-10. key: two 32-bit words; counter: four int64 tensors (or ints) of 32-bit words that broadcast.
 
-    Returns four int64 tensors of 32-bit words. int64 products wrap, which leaves all 64 bits of a 32 x 32 product right.
+    Returns four int64 tensors of 32-bit words. int64 products wrap, which leaves all 64 bits of a 32 x 32 product
+    right.
     """
     c0, c1, c2, c3 = torch.broadcast_tensors(*(torch.as_tensor(c) for c in _on_one_device(counter)))
     k0, k1 = key
@@ -55,7 +56,13 @@ def philox_words(seed: int, stream: str, step: Tensor | int, row_ids: Tensor, bl
 
 
 def philox_normal(
-    seed: int, stream: str, step: Tensor | int, row_ids: Tensor, dim: int, draw: int = 0, dtype: torch.dtype = torch.float32
+    seed: int,
+    stream: str,
+    step: Tensor | int,
+    row_ids: Tensor,
+    dim: int,
+    draw: int = 0,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Standard normals by Box-Muller from Philox words: row_ids int64 [B] -> [B, dim]."""
     words = philox_words(seed, stream, step, row_ids, blocks=-(-dim // 4), draw=draw)
@@ -143,7 +150,9 @@ def masked_bernoulli_nll(logits: Tensor, x: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, nll, 0.0).sum(1)
 
 
-def linear_masked_gaussian_nll(h: Tensor, weight: Tensor, bias: Tensor, x: Tensor, mask: Tensor, scale: Tensor) -> Tensor:
+def linear_masked_gaussian_nll(
+    h: Tensor, weight: Tensor, bias: Tensor, x: Tensor, mask: Tensor, scale: Tensor
+) -> Tensor:
     """masked_gaussian_nll of xhat = h W' + b. h: [B, H]; weight: [D, H]; bias: [D]. Returns [B]."""
     return masked_gaussian_nll(h @ weight.T + bias, x, mask, scale)
 
@@ -180,17 +189,25 @@ def _log(beta: float) -> float:
 
 
 def adamw_step(
-    p: Tensor, m: Tensor, v: Tensor, grad: Tensor, u: Tensor | int, lr: float, hyper: AdamHyper, weight_decay: float = 0.0
+    p: Tensor,
+    m: Tensor,
+    v: Tensor,
+    grad: Tensor,
+    u: Tensor | int,
+    lr: float,
+    hyper: AdamHyper,
+    weight_decay: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """AdamW's step number u (an int, or float64 [B]: one per row) of rows p, m, v, grad [B, C]. Returns new p, m, v."""
-    bc1, bc2 = (_per_row(c, p) for c in hyper.bias_corrections(u))
+    bc1, bc2 = hyper.bias_corrections(u)
+    size, root = _per_row(lr / bc1, p), _per_row(bc2.sqrt(), p)
     m = torch.lerp(m, grad, 1 - hyper.beta1)
     v = torch.lerp(v, grad * grad, 1 - hyper.beta2)  # b2 v + (1 - b2) g^2 would round b2 to float32 at every step
-    return p * (1 - lr * weight_decay) - lr / bc1 * m / (v.sqrt() / bc2.sqrt() + hyper.eps), m, v
+    return p * (1 - lr * weight_decay) - size * m / (v.sqrt() / root + hyper.eps), m, v
 
 
 def skipped_weights(hyper: AdamHyper, age: Tensor) -> Tensor:
-    """b1^j / b2^(j (i+1) / 2) for i in 0..3: what a moment of a skipped step keeps after j = `age` steps. [W] -> [4, W]."""
+    """b1^j / b2^(j (i+1) / 2) for i in 0..3: what the moments of a step keep after j = `age` steps. [W] -> [4, W]."""
     half_orders = 0.5 * torch.arange(1, 5, dtype=torch.float64, device=age.device)
     return torch.exp(age * (_log(hyper.beta1) - half_orders[:, None] * _log(hyper.beta2)))
 
@@ -240,7 +257,7 @@ def missed_steps(age: Tensor, step: Tensor, lr: Tensor, regrow: Tensor, hyper: A
 
 
 def missed_displacement(m: Tensor, v: Tensor, weight: Tensor, shrink: Tensor, eps: float) -> Tensor:
-    """The displacement of single entries m, v [E], summed over their missed steps. weight, shrink: [E, J]. -> float64 [E]."""
+    """The displacement, float64 [E], of entries m, v [E], summed over the steps they missed. weight, shrink: [E, J]."""
     m, root = m.double()[:, None], v.double().sqrt()[:, None]
     return (weight * m / (root * shrink + eps)).sum(1)
 

@@ -415,7 +415,14 @@ def test_deepcopy_and_get_params():
 
 def test_posterior_is_a_plain_record():
     posterior = fitted(RVI, SMALL | RELAYS).posterior_
-    assert [f.name for f in dataclasses.fields(posterior)] == ["mean", "std", "elbo", "converged", "row_ids", "parameters"]
+    assert [f.name for f in dataclasses.fields(posterior)] == [
+        "mean",
+        "std",
+        "elbo",
+        "converged",
+        "row_ids",
+        "parameters",
+    ]
 
 
 def test_no_warning_in_an_ordinary_fit():
