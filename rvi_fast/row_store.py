@@ -17,7 +17,7 @@ from .reference import AdamHyper
 from .row_grad import RowGrad
 
 ELEMENTS_AT_ONCE = 1 << 20  # whole-table work goes in blocks of about this many numbers
-MAX_STEPS_BEHIND = 1 << 20  # then every row is brought up to date and the clocks start again
+MAX_STEPS_BEHIND = (1 << 20) - 1  # then every row is brought up to date and the clocks start again
 
 
 class Movement(NamedTuple):
@@ -67,9 +67,7 @@ class RowStore:
         self.moving: dict[int, Movement] = {}
         self.columns: list[Columns] = []
         self.modes: dict[int, str] = {}  # of the ranges that have moments
-        self.trained: set[int] = (
-            set()
-        )  # the ranges in the hands of a RowAdam; a copy is in nobody's until one is copied with it
+        self.trained: set[int] = set()  # the ranges that a RowAdam owns; a copy has no owner until one is copied with it
         self._make_parameters([True] * len(widths))
 
     def _make_parameters(self, requires_grad: list[bool]) -> None:

@@ -20,8 +20,10 @@ from . import masks, reference
 from .model import LatentModel
 from .observations import ColumnUnits, Observations
 from .optim import RowAdam
+from .row_store import RowParameter
 
 BAR_DELAY_S = 2.0  # work shorter than this shows no bar
+NUMBERS_FOR_THREADS = 1 << 18  # a batch with fewer numbers (its cells and its rows' parameters) trains on one thread
 VALIDATION_ROWS = 4096  # early stopping looks at hidden cells of at most this many rows
 
 SCHEDULES: dict[str, Callable[[float], float]] = {
@@ -134,7 +136,7 @@ class Trainer:
             leave=False,
         )
         started = time.perf_counter()
-        with bar, _interrupt_flag() as interrupted:
+        with bar, self.threads(), _interrupt_flag() as interrupted:
             for rows in self.batches():
                 self.step(rows)
                 bar.update()
@@ -157,6 +159,20 @@ class Trainer:
         """Training rows with nothing observed, int64."""
         empty = [block.start + np.nonzero(~self.data.read(block)[1].any(1))[0] for block in self.data.blocks()]
         return torch.from_numpy(np.concatenate(empty)).to(self.plan.device)
+
+    @contextlib.contextmanager
+    def threads(self) -> Iterator[None]:
+        """One thread for small steps on the CPU: there, handing pieces to a second one takes longer than the piece."""
+        threads = torch.get_num_threads()
+        row_numbers = self.data.num_columns + sum(
+            p.shape[1] for p in self.model.parameters() if isinstance(p, RowParameter)
+        )
+        if self.plan.batch_size * row_numbers < NUMBERS_FOR_THREADS:
+            torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
 
     def step(self, rows: np.ndarray) -> None:
         """One optimisation step on the mean loss of these rows."""
