@@ -135,7 +135,7 @@ def digits() -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     return (X / 16.0).astype(np.float32), labels.astype(np.int64)
 
 
-def load_table(name: Literal["breast_cancer", "diabetes", "iris", "wine"]) -> tuple[Floats, list[str]]:
+def load_table(name: str) -> tuple[Floats, list[str]]:
     """A small real table from scikit-learn: X float64 [N, D] with nothing missing, and the names of its D columns.
 
     breast_cancer is 569 x 30, diabetes 442 x 10, iris 150 x 4, wine 178 x 13; the class or target is left out.

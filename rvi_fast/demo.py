@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from . import data, masks, metrics
+from .bench.peers.knn import knn_impute
+from .bench.peers.low_rank import low_rank_impute
 from .estimators import RVI
 
 HIDDEN_SHARE = 0.5
@@ -32,8 +34,8 @@ def run(out: str, *, seed: int = 0, epochs: int | None = None, progress: bool = 
     model = RVI(seed=seed, progress=progress, epochs="auto" if epochs is None else epochs)
     methods: dict[str, Callable[[], np.ndarray]] = {
         "column means": lambda: np.where(observed, X, np.nanmean(holed, axis=0)),
-        "5 nearest neighbours": lambda: _knn(holed),
-        "low-rank EM": lambda: _low_rank(holed, seed),
+        "5 nearest neighbours": lambda: knn_impute(holed),
+        "low-rank EM": lambda: low_rank_impute(holed, seed=seed),
         "RVI": lambda: model.fit(holed).impute(),
     }
     scale = np.where(X.std(0) > 0, X.std(0), 1.0)
@@ -56,18 +58,6 @@ def run(out: str, *, seed: int = 0, epochs: int | None = None, progress: bool = 
     else:
         print(f"picture: {_draw(folder / 'digits.png', X, holed, filled)}")
     return errors
-
-
-def _knn(holed: np.ndarray) -> np.ndarray:
-    from sklearn.impute import KNNImputer
-
-    return KNNImputer(n_neighbors=5, keep_empty_features=True).fit_transform(holed)
-
-
-def _low_rank(holed: np.ndarray, seed: int) -> np.ndarray:
-    from .bench.peers.low_rank import low_rank_impute
-
-    return low_rank_impute(holed, seed=seed)
 
 
 def _draw(path: Path, X: np.ndarray, holed: np.ndarray, filled: np.ndarray) -> Path:

@@ -67,7 +67,9 @@ class RowStore:
         self.moving: dict[int, Movement] = {}
         self.columns: list[Columns] = []
         self.modes: dict[int, str] = {}  # of the ranges that have moments
-        self.trained: set[int] = set()  # the ranges that a RowAdam owns; a copy has no owner until one is copied with it
+        self.trained: set[int] = (
+            set()
+        )  # the ranges that a RowAdam owns; a copy has no owner until one is copied with it
         self._make_parameters([True] * len(widths))
 
     def _make_parameters(self, requires_grad: list[bool]) -> None:

@@ -9,7 +9,7 @@ from rvi_fast import RVI, cli, data
 
 
 def test_demo_trains_compares_and_writes(tmp_path, capsys):
-    assert cli.main(["demo", "-o", str(tmp_path / "out"), "--quiet", "--epochs", "30"]) == 0
+    assert cli.main(["demo", "-o", str(tmp_path / "out"), "--quiet"]) == 0
     lines = {line[:22].strip(): line[22:].split() for line in capsys.readouterr().out.splitlines()}
     errors = {name: float(lines[name][0]) for name in ("column means", "5 nearest neighbours", "low-rank EM", "RVI")}
     assert 0.9 < errors["column means"] < 1.1
