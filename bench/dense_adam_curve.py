@@ -50,7 +50,7 @@ def prepared_trainer(estimator: RVI, X: np.ndarray) -> Trainer:
     """The trainer of an estimator on X, before its first step."""
     estimator.fit(X, max_steps=1, callbacks=())  # resolves settings; a second build starts over
     estimator._build(len(X), None)
-    trainer = estimator._trainer(Observations(X), 0.0, None)
+    trainer = estimator._trainer(Observations(X), None, None)
     trainer.model.train()
     return trainer
 

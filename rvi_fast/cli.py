@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,8 +25,8 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "-o", "--out", default="rvi-fast-demo", help="folder for the model and the picture (default: %(default)s)"
     )
-    demo.add_argument("--seed", type=int, default=0, help="of the holes and of the model (default: %(default)s)")
-    demo.add_argument("--epochs", type=_positive, default=None, help="training epochs (default: the library's)")
+    demo.add_argument("--seed", type=_at_least(0), default=0, help="of the holes and of the model (default: %(default)s)")
+    demo.add_argument("--epochs", type=_at_least(1), default=None, help="training epochs (default: the library's)")
     demo.add_argument("--quiet", action="store_true", help="no progress bar")
     demo.set_defaults(run=_demo)
 
@@ -35,11 +35,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1; got {value}")
-    return value
+def _at_least(minimum: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be a whole number; got {text!r}") from None
+        if value < minimum:
+            raise argparse.ArgumentTypeError(f"must be at least {minimum}; got {value}")
+        return value
+
+    return parse
 
 
 def _demo(arguments: argparse.Namespace) -> int:

@@ -20,9 +20,9 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def _checked(name: str) -> str:
+def _checked(name: str, source: str = "backend") -> str:
     if name not in CHOICES:
-        raise ValueError(f"backend must be one of {', '.join(CHOICES)}; got {name!r}")
+        raise ValueError(f"{source} must be one of {', '.join(CHOICES)}; got {name!r}")
     if name == "triton" and not _has_triton():
         raise ImportError("backend 'triton' needs the triton package: pip install 'rvi_fast[triton]'")
     return name
@@ -34,7 +34,7 @@ _scoped: ContextVar[str | None] = ContextVar("rvi_fast_backend", default=None)
 
 def get_backend() -> str:
     """The backend in force: "auto", "torch" or "triton"."""
-    return _scoped.get() or _default or _checked(os.environ.get("RVI_FAST_BACKEND", "auto"))
+    return _scoped.get() or _default or _checked(os.environ.get("RVI_FAST_BACKEND") or "auto", "RVI_FAST_BACKEND")
 
 
 def set_backend(name: str) -> None:

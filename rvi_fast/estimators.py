@@ -14,17 +14,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import defaults, io, ops
+from . import arguments, defaults, io, ops
 from .infer import ELBO_DRAWS, PROTOCOLS, InferencePlan, Posterior, fit_new_rows, map_blocks, padded_block
 from .likelihoods import Gaussian, Likelihood
 from .model import Encoder, EncoderModel, LatentModel, RowModel
 from .nn import ACTIVATIONS, MeanFieldPosterior, MLPDecoder, RelayPosterior
-from .observations import ColumnStatistics, ColumnUnits, Observations
+from .observations import ColumnStatistics, ColumnUnits, HiddenCells, Observations
 from .optim import MODES, RowAdam
 from .row_store import RowParameter
-from .train import SCHEDULES, HiddenCells, Plan, Trainer
+from .train import SCHEDULES, Plan, Trainer
 
 ROWS_AT_ONCE = 1024  # rows decoded together when reading results
+MAX_LOG_STD = 20  # of a posterior's initial log standard deviation
 PATIENCE = 0.2  # early stopping waits for this share of the epochs
 
 
@@ -72,51 +73,42 @@ class Estimator:
     n_steps_: int
     stopped_: str
 
-    def _set_arguments(self, arguments: dict[str, Any]) -> None:
+    def _set_arguments(self, given: dict[str, Any]) -> None:
         """Store a constructor's arguments under their own names."""
-        unknown = arguments.pop("unknown")
+        unknown = given.pop("unknown")
         if unknown:
             raise TypeError(_unknown_argument(type(self), next(iter(unknown))))
         for name in _argument_defaults(type(self)):
-            setattr(self, name, arguments[name])
+            setattr(self, name, given[name])
         self._check_arguments()
 
     def _check_arguments(self) -> None:
         for name in ("latent_dim", "batch_size", "epochs"):
-            value = getattr(self, name)
-            if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name} must be a positive int or 'auto'; got {value!r}")
-        for name in ("lr", "row_lr", "weight_decay"):
-            value = getattr(self, name, "auto")
-            if value not in ("auto", None) and not (isinstance(value, (int, float)) and 0 <= value < float("inf")):
-                raise ValueError(f"{name} must be a number of at least 0; got {value!r}")
-        if not (isinstance(self.kl_weight, (int, float)) and 0 <= self.kl_weight < float("inf")):
-            raise ValueError(f"kl_weight must be a number of at least 0; got {self.kl_weight!r}")
-        if self.schedule != "auto" and self.schedule not in SCHEDULES:
-            raise ValueError(f"schedule must be 'auto' or one of {', '.join(SCHEDULES)}; got {self.schedule!r}")
-        if (isinstance(self.likelihood, str) and self.likelihood != "auto") or not isinstance(
-            self.likelihood, (str, Likelihood)
-        ):
+            arguments.positive_int(name, getattr(self, name), "auto")
+        for name in ("lr", "weight_decay"):
+            arguments.number(name, getattr(self, name), "auto")
+        arguments.number("kl_weight", self.kl_weight)
+        arguments.widths("hidden", self.hidden, "auto")
+        arguments.one_of("schedule", self.schedule, ("auto", *SCHEDULES))
+        arguments.one_of("activation", self.activation, ("auto", *ACTIVATIONS))
+        arguments.one_of("linear_path", self.linear_path, (True, False, "auto"))
+        arguments.one_of("standardize", self.standardize, (True, False, "auto"))
+        arguments.one_of("keep_empty_columns", self.keep_empty_columns, (True, False))
+        arguments.one_of("progress", self.progress, (True, False))
+        arguments.seed("seed", self.seed)
+        is_auto = isinstance(self.likelihood, str) and self.likelihood == "auto"
+        if not (is_auto or isinstance(self.likelihood, Likelihood)):
             raise TypeError(
                 "likelihood must be 'auto' or one of rvi_fast.likelihoods, such as Gaussian(0.1); "
                 f"got {self.likelihood!r}"
             )
-        if isinstance(self.hidden, str) and self.hidden != "auto":
-            raise ValueError(f"hidden must be a sequence of widths, () for none, or 'auto'; got {self.hidden!r}")
-        for name in ("linear_path", "standardize"):
-            if getattr(self, name) not in (True, False, "auto"):
-                raise ValueError(f"{name} must be True, False or 'auto'; got {getattr(self, name)!r}")
-        if self.activation not in ("auto", *ACTIVATIONS):
-            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}; got {self.activation!r}")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, (int, np.integer)):
-            raise ValueError(f"seed must be an int; got {self.seed!r}")
         try:
             torch.device("cpu" if self.device == "auto" else self.device)
         except (RuntimeError, TypeError):
             raise ValueError(f"device must be 'auto' or a torch device such as 'cuda:0'; got {self.device!r}") from None
 
-    def get_params(self) -> dict[str, Any]:
-        """The constructor's arguments."""
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
+        """The constructor's arguments; `deep` is there for scikit-learn's clone."""
         return {name: getattr(self, name) for name in _argument_defaults(type(self))}
 
     def __repr__(self) -> str:
@@ -146,35 +138,62 @@ class Estimator:
         `checkpoint_every` steps (default: an epoch); resume=True goes on from there. Ctrl-C ends the fit after the
         step at hand and leaves the model usable.
         """
-        if not 0 <= val_cells < 1:
-            raise ValueError(f"val_cells must be a share in [0, 1); got {val_cells}")
-        if max_steps is not None and max_steps < 1:
-            raise ValueError(f"max_steps must be at least 1 or None; got {max_steps}")
-        if (resume or checkpoint_every is not None) and checkpoint_dir is None:
-            raise ValueError("resume and checkpoint_every need checkpoint_dir, the folder of the checkpoint")
+        callbacks = self._check_fit(val_cells, max_steps, callbacks, checkpoint_dir, checkpoint_every, resume)
         data = Observations(X, mask)
         data.check()
-        statistics = ColumnStatistics.of(data)
+        hidden = HiddenCells(data, val_cells, self.seed) if val_cells else None
+        statistics = ColumnStatistics.of(data, hidden)
         if not self.keep_empty_columns and (statistics.count == 0).any():
             column = data.column_name(int(np.argmax(statistics.count == 0)))
             raise ValueError(f"column {column} of X has nothing observed; drop it, or set keep_empty_columns=True")
-        fitted = copy.copy(self)  # becomes self only when all is well
+        fitted = copy.copy(self)
         fitted._resolve(data, statistics)
         fitted._build(len(data), statistics)
-        trainer = fitted._trainer(data, val_cells, max_steps)
+        trainer = fitted._trainer(data, hidden, max_steps)
         if resume and io.has_checkpoint(checkpoint_dir):
             io.load_training_state(checkpoint_dir, fitted, trainer)
-        self.__dict__.update(fitted.__dict__)
-        self._train(trainer, list(callbacks), checkpoint_dir, checkpoint_every)
+        before = self.__dict__
+        self.__dict__ = fitted.__dict__
+        try:
+            self._train(trainer, callbacks, checkpoint_dir, checkpoint_every)
+        except FloatingPointError:
+            self.__dict__ = before
+            raise
         return self
+
+    def _check_fit(
+        self,
+        val_cells: Any,
+        max_steps: Any,
+        callbacks: Any,
+        checkpoint_dir: Any,
+        checkpoint_every: Any,
+        resume: bool,
+    ) -> list[Callable]:
+        """Raise before anything is changed; returns the callbacks as a list."""
+        self._check_arguments()
+        if not arguments.is_number(val_cells) or not 0 <= val_cells < 1:
+            raise ValueError(f"val_cells must be a share in [0, 1); got {val_cells!r}")
+        arguments.positive_int("max_steps", max_steps, None)
+        arguments.positive_int("checkpoint_every", checkpoint_every, None)
+        if (resume or checkpoint_every is not None) and checkpoint_dir is None:
+            raise ValueError("resume and checkpoint_every need checkpoint_dir, the folder of the checkpoint")
+        if checkpoint_dir is not None:
+            io.make_folder(checkpoint_dir)
+        listed: list[Any] = list(callbacks) if isinstance(callbacks, Iterable) else [None]
+        if not all(callable(callback) for callback in listed):
+            raise TypeError(f"callbacks must be a sequence of functions (model, logs); got {callbacks!r}")
+        return listed
 
     def _resolve(self, data: Observations, statistics: ColumnStatistics) -> None:
         """Replace every "auto" by what the data ask for; results carry a trailing underscore."""
         auto = defaults.settings_for(data.values.dtype, statistics, len(data))
         for name in defaults.AUTO:
             value = getattr(self, name)
-            setattr(self, name + "_", getattr(auto, name) if isinstance(value, str) and value == "auto" else value)
-        self.hidden_ = tuple(self.hidden_)  # a list would do as well
+            is_auto = isinstance(value, str) and value == "auto"
+            setattr(self, name + "_", getattr(auto, name) if is_auto else arguments.plain(value))
+        if self.lr_ * self.weight_decay_ >= 1:
+            raise ValueError(f"lr * weight_decay must be below 1; got {self.lr_} * {self.weight_decay_}")
         self.batch_size_ = min(self.batch_size_, len(data))
         self.likelihood_ = (
             defaults.likelihood_for(auto) if isinstance(self.likelihood, str) else copy.deepcopy(self.likelihood)
@@ -196,6 +215,11 @@ class Estimator:
     def _resolve_device(self) -> None:
         auto = "cuda" if torch.cuda.is_available() else "cpu"
         self.device_ = torch.device(auto if self.device == "auto" else self.device)
+        try:
+            torch.zeros(1, device=self.device_).item()
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            device = str(self.device_)
+            raise ValueError(f"device {device!r} cannot be used here ({error}); choose 'auto' or 'cpu'") from None
 
     def _decoder(self) -> MLPDecoder:
         return MLPDecoder(
@@ -216,6 +240,7 @@ class Estimator:
         self.n_rows_ = num_rows
         self.history_ = {}
         self._data: Observations | None = None
+        self._fitted_by: Trainer | None = None
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
         learned_scale = list(self.model_.likelihood.parameters())
@@ -226,7 +251,7 @@ class Estimator:
             *([{"params": learned_scale, "lr": self.lr_}] if learned_scale else []),
         ]
 
-    def _trainer(self, data: Observations, val_cells: float, max_steps: int | None) -> Trainer:
+    def _trainer(self, data: Observations, hidden: HiddenCells | None, max_steps: int | None) -> Trainer:
         optimizer = RowAdam(self._parameter_groups(), mode=getattr(self, "optimizer_mode", "dense"))
         plan = Plan(
             self.batch_size_,
@@ -237,27 +262,36 @@ class Estimator:
             self.device_,
             patience=max(5, round(PATIENCE * self.epochs_)),
         )
-        hidden = HiddenCells(data, val_cells, self.seed) if val_cells else None
         self._data = data
-        return Trainer(self.model_, optimizer, data, self.units_, plan, hidden)
+        self._fitted_by = Trainer(self.model_, optimizer, data, self.units_, plan, hidden)
+        return self._fitted_by
 
     def _train(
         self, trainer: Trainer, callbacks: list[Callable], checkpoint_dir: Any, checkpoint_every: int | None
     ) -> None:
         every = checkpoint_every or trainer.plan.steps_per_epoch(len(trainer.data))
-        self.history_ = trainer.progress.history
+        progress = trainer.progress
+        self.history_ = progress.history
+        saved = -1
 
         def after_step(step: int) -> None:
+            nonlocal saved
             if checkpoint_dir is not None and step % every == 0:
                 io.save(self, checkpoint_dir, rows=True, trainer=trainer)
+                saved = step
 
         def after_epoch(logs: dict[str, float]) -> bool:
             return any([callback(self, logs) for callback in callbacks])
 
-        progress = trainer.run(after_epoch, after_step, self.progress)
+        try:
+            trainer.run(after_epoch, after_step, self.progress)
+            if checkpoint_dir is not None and saved != progress.step:
+                io.save(self, checkpoint_dir, rows=True, trainer=trainer)
+        finally:
+            trainer.restore_best()
+            self.n_steps_, self.stopped_ = progress.step, progress.stopped
         if isinstance(self.model_, RowModel) and len(empty := trainer.empty_rows()):
             self.model_.posterior.set_prior(empty)
-        self.n_steps_, self.stopped_ = progress.step, progress.stopped
         if progress.stopped == "interrupted":
             warnings.warn(
                 f"fit was interrupted after step {progress.step} of {trainer.total}; the model is usable as it is",
@@ -298,12 +332,9 @@ class Estimator:
         return self.lr_
 
     def _check_inference(self, steps: int, lr: float | None, protocol: str) -> None:
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-            raise ValueError(f"steps must be a positive int; got {steps!r}")
-        if lr is not None and not 0 < lr < float("inf"):
-            raise ValueError(f"lr must be a number above 0 or None; got {lr!r}")
-        if protocol not in PROTOCOLS:
-            raise ValueError(f"protocol must be 'row' or 'epochs'; got {protocol!r}")
+        arguments.positive_int("steps", steps)
+        arguments.number("lr", lr, None, above_zero=True)
+        arguments.one_of("protocol", protocol, PROTOCOLS)
 
     def _new_rows(self, X: Any, mask: Any) -> Observations:
         self._check_fitted()
@@ -356,15 +387,27 @@ class Estimator:
         return Posterior(mean, std, unknown, converged, torch.arange(len(mean)), parameters.cpu())
 
     def _posterior_of(self, X: Any, mask: Any, posterior: Posterior | None, **infer: Any) -> Posterior:
+        if X is None and mask is not None:
+            raise TypeError("mask needs X beside it; without X the training rows are used, with their own mask")
         if posterior is not None:
-            if infer:
-                raise TypeError(f"{next(iter(infer))} has no effect beside posterior; drop one of them")
+            self._check_posterior(X, posterior)
+        if infer and (posterior is not None or X is None):
+            why = "has no effect beside posterior" if X is not None else "needs X: training rows are not inferred again"
+            raise TypeError(f"{next(iter(infer))} {why}; drop one of them")
+        if posterior is not None:
             return posterior
-        if X is None:
-            if infer:
-                raise TypeError(f"{next(iter(infer))} needs X: the training rows are not inferred again")
-            return self.posterior_
-        return self.infer(X, mask, **infer)
+        if unknown := set(infer) - {"steps", "lr", "protocol", "row_ids"}:
+            raise TypeError(f"infer has no argument {min(unknown)!r}; it takes steps, lr, protocol and row_ids")
+        return self.posterior_ if X is None else self.infer(X, mask, **infer)
+
+    def _check_posterior(self, X: Any, posterior: Any) -> None:
+        if not isinstance(posterior, Posterior):
+            raise TypeError(f"posterior must be what infer or posterior_ gave; got {type(posterior).__name__}")
+        rows = self.n_rows_ if X is None else len(X)
+        if len(posterior) != rows:
+            raise ValueError(f"posterior has {len(posterior)} rows, but X has {rows}")
+        if posterior.mean.shape[1] != self.latent_dim_:
+            raise ValueError(f"posterior has {posterior.mean.shape[1]} latents, but the model has {self.latent_dim_}")
 
     def _decode(self, z: Tensor) -> np.ndarray:
         """E[x | z] in the model's units, float64 [B, D]; in blocks, so that a row's bits are its own."""
@@ -394,13 +437,10 @@ class Estimator:
         Other keywords go to infer. Returns the kind of container that X is; a list of DataFrames where n_samples is
         given and X is one.
         """
-        if n_samples is not None and (isinstance(n_samples, bool) or not isinstance(n_samples, int) or n_samples < 1):
-            raise ValueError(f"n_samples must be a positive int or None; got {n_samples!r}")
+        arguments.positive_int("n_samples", n_samples, None)
         self._check_fitted()
         data = self._training_data() if X is None else self._new_rows(X, mask)
         post = self._posterior_of(X, mask, posterior, **infer)
-        if len(post) != len(data):
-            raise ValueError(f"posterior has {len(post)} rows, but X has {len(data)}")
         if n_samples is None:
             return data.like_container(self._fill(data, post.mean))
         draws = (post.mean + post.std * self._noise(post.row_ids, draw) for draw in range(n_samples))
@@ -459,10 +499,10 @@ class Estimator:
     def score(self, X: Any = None, mask: Any = None, *, posterior: Posterior | None = None, **infer: Any) -> np.ndarray:
         """The ELBO of every row's observed cells, in nats and in the model's units, float32 [N]."""
         self._check_fitted()
-        if posterior is None and X is not None:
-            return self.infer(X, mask, **infer).elbo.numpy()
-        data = self._training_data() if X is None else self._new_rows(X, mask)
-        return self._elbo(data, self._posterior_of(X, mask, posterior, **infer))
+        post = self._posterior_of(X, mask, posterior, **infer)
+        if not post.elbo.isnan().any():
+            return post.elbo.numpy()
+        return self._elbo(self._training_data() if X is None else self._new_rows(X, mask), post)
 
     def _elbo(self, data: Observations, posterior: Posterior) -> np.ndarray:
         model = self.model_
@@ -487,11 +527,10 @@ class Estimator:
         noise: add the likelihood's own noise (False gives its mean). seed: default the model's.
         """
         self._check_fitted()
-        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-            raise ValueError(f"n must be a positive int; got {n!r}")
-        if source not in ("prior", "posterior"):
-            raise ValueError(f"source must be 'prior' or 'posterior'; got {source!r}")
+        arguments.positive_int("n", n)
+        arguments.one_of("source", source, ("prior", "posterior"))
         seed = self.seed if seed is None else seed
+        arguments.seed("seed", seed)
         generator = torch.Generator().manual_seed(seed)
         z = torch.randn(n, self.latent_dim_, generator=generator)
         if source == "posterior":
@@ -511,14 +550,18 @@ class Estimator:
 
     def save(self, dir: str | os.PathLike, *, rows: bool = True, optimizer: bool = False) -> None:
         """Write the model to a folder (safetensors and JSON). rows: with the training rows' parameters; optimizer: with
-        Adam's moments. X itself is never written. The folder holds the old model until the new one is complete.
+        Adam's moments, from which fit(X, checkpoint_dir=dir, resume=True) goes on. X itself is never written. The
+        folder holds the old model until the new one is complete.
         """
         self._check_fitted()
-        io.save(self, dir, rows=rows, moments=optimizer)
+        if optimizer and (self._fitted_by is None or not rows):
+            why = "rows=True" if not rows else "the fit in this process: a loaded model has no optimiser"
+            raise ValueError(f"optimizer=True needs {why}")
+        io.save(self, dir, rows=rows, trainer=self._fitted_by if optimizer else None)
 
     @classmethod
     def load(cls, dir: str | os.PathLike) -> Self:
-        """Read what save wrote."""
+        """Read what save wrote. Where the saved device is not to be had, the model goes to the "auto" one."""
         return io.load(cls, dir)
 
 
@@ -527,11 +570,14 @@ class RowEstimator(Estimator):
 
     row_lr: float | None
     optimizer_mode: str
+    log_std: float
 
     def _check_arguments(self) -> None:
         super()._check_arguments()
-        if self.optimizer_mode not in MODES:
-            raise ValueError(f"optimizer_mode must be 'dense' or 'lazy'; got {self.optimizer_mode!r}")
+        arguments.number("row_lr", self.row_lr, None)
+        arguments.one_of("optimizer_mode", self.optimizer_mode, MODES)
+        if not arguments.is_number(self.log_std) or abs(self.log_std) > MAX_LOG_STD:
+            raise ValueError(f"log_std must be a number between -{MAX_LOG_STD} and {MAX_LOG_STD}; got {self.log_std!r}")
 
     def _row_lr(self) -> float:
         return self.lr_ if self.row_lr is None else self.row_lr
@@ -569,7 +615,6 @@ class RVI(RowEstimator):
     groups: Sequence[int]
     active: int | float | Sequence[int | float]
     coefficients: str
-    log_std: float
 
     def __init__(
         self,
@@ -607,16 +652,16 @@ class RVI(RowEstimator):
 
     def _check_arguments(self) -> None:
         super()._check_arguments()
-        ops.active_counts(ops.check_groups(self.groups), self.active)
-        if self.coefficients not in ops.COEFFICIENTS:
-            raise ValueError(f"coefficients must be 'linear' or 'softmax'; got {self.coefficients!r}")
+        arguments.widths("groups", self.groups)
+        ops.active_counts(ops.check_groups(arguments.plain(self.groups)), arguments.plain(self.active))
+        arguments.one_of("coefficients", self.coefficients, ops.COEFFICIENTS)
 
     def _make_posterior(self, num_rows: int) -> RelayPosterior:
         return RelayPosterior(
             num_rows,
             self.latent_dim_,
-            self.groups,
-            self.active,
+            arguments.plain(self.groups),
+            arguments.plain(self.active),
             coefficients=self.coefficients,
             log_std=self.log_std,
             seed=self.seed,
@@ -635,8 +680,6 @@ class VAD(RowEstimator):
 
     Arguments as in RVI.
     """
-
-    log_std: float
 
     def __init__(
         self,
@@ -703,8 +746,7 @@ class VAE(Estimator):
 
     def _check_arguments(self) -> None:
         super()._check_arguments()
-        if self.missing not in Encoder.MISSING:
-            raise ValueError(f"missing must be one of {', '.join(Encoder.MISSING)}; got {self.missing!r}")
+        arguments.one_of("missing", self.missing, Encoder.MISSING)
 
     def _make_model(self, num_rows: int, statistics: ColumnStatistics | None) -> EncoderModel:
         mean = np.zeros(self.n_features_in_) if statistics is None else statistics.mean
@@ -724,6 +766,7 @@ class VAE(Estimator):
     ) -> Posterior:
         """The posterior of new rows, by one pass of the encoder; steps, lr and protocol have no effect."""
         data = self._new_rows(X, mask)
+        self._check_inference(steps, lr, protocol)
         ids = data.row_ids() if row_ids is None else _as_row_ids(row_ids, len(data))
         posterior = self._encode(data, ids)
         posterior.elbo = torch.from_numpy(self._elbo(data, posterior))
@@ -761,7 +804,7 @@ def _unknown_argument(cls: type[Estimator], name: str) -> str:
 
 
 def _as_row_ids(row_ids: Any, num_rows: int) -> Tensor:
-    ids = torch.as_tensor(row_ids)
-    if ids.dtype != torch.int64 or tuple(ids.shape) != (num_rows,):
+    ids = row_ids.cpu() if isinstance(row_ids, Tensor) else np.asarray(row_ids)
+    if tuple(ids.shape) != (num_rows,) or str(ids.dtype).removeprefix("torch.") != "int64":
         raise ValueError(f"row_ids must be int64 [{num_rows}], one a row of X; got {ids.dtype} {list(ids.shape)}")
-    return ids
+    return torch.as_tensor(ids)

@@ -72,22 +72,17 @@ def fit_new_rows(
 
     row_ids: int64 [M]. A row with nothing observed gets the prior.
     """
-    was_training = model.training
-    model.eval()
-    clocks = _clocks_between_visits(plan)
+    clocks = _clocks_between_visits(plan, model.decoder.head.weight.device)
     bar = tqdm(total=-(-len(data) // BLOCK), delay=BAR_DELAY_S, disable=not show_progress, unit="block", leave=False)
 
     def fit(block: slice) -> tuple[Tensor, ...]:
         return _fit_block(model, data, units, row_ids, block, plan, clocks)
 
     blocks = []
-    try:
-        with bar:
-            for block in map_blocks(fit, len(data)):
-                blocks.append(block)
-                bar.update()
-    finally:
-        model.train(was_training)
+    with bar:
+        for block in map_blocks(fit, len(data)):
+            blocks.append(block)
+            bar.update()
     mean, std, elbo, converged, parameters = (torch.cat(parts) for parts in zip(*blocks, strict=True))
     return Posterior(mean, std, elbo, converged, row_ids, parameters)
 
@@ -101,9 +96,12 @@ def map_blocks(function: Callable[[slice], Any], num_rows: int) -> Iterator[Any]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with ThreadPoolExecutor(min(threads, len(blocks))) as pool:
+        pool = ThreadPoolExecutor(min(threads, len(blocks)))
+        try:
             futures = [pool.submit(contextvars.copy_context().run, function, block) for block in blocks]
             yield from (future.result() for future in futures)
+        finally:
+            pool.shutdown(cancel_futures=True)  # an error or Ctrl-C waits for the blocks at work only
     finally:
         torch.set_num_threads(threads)
 
@@ -113,14 +111,14 @@ def padded_block(t: Tensor) -> Tensor:
     return torch.cat((t, t.new_zeros(BLOCK - len(t), *t.shape[1:]))) if len(t) < BLOCK else t
 
 
-def _clocks_between_visits(plan: InferencePlan) -> list[AdamClock] | None:
+def _clocks_between_visits(plan: InferencePlan, device: torch.device) -> list[AdamClock] | None:
     """For protocol "epochs": the steps of dense Adam between a row's visits, which age it. One clock a visit."""
     if plan.missed == 0:
         return None
     clocks = []
     window = HYPER.window() or 0
     for visit in range(plan.steps):
-        clock = AdamClock(HYPER, steps=plan.adam_step(visit))
+        clock = AdamClock(HYPER, steps=plan.adam_step(visit), device=device)
         for _ in range(min(plan.missed, window)):  # momentum is spent after `window` steps
             clock.advance(plan.lr_at(visit))
         clocks.append(clock)

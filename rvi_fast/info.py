@@ -20,7 +20,7 @@ def describe() -> dict[str, str]:
     facts["platform"] = f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads"
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     facts["devices"] = ", ".join(["cpu", *devices])
-    facts["backend"] = f"{get_backend()} ({_kernels_in_use()})"
+    facts["backend"] = _backend()
     return facts
 
 
@@ -31,8 +31,11 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _kernels_in_use() -> str:
+def _backend() -> str:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if get_backend() == "torch" or not any(use_triton(op, device) for op in KERNELS):
-        return "PyTorch on every device here"
-    return f"Triton kernels for {', '.join(sorted(KERNELS))}; PyTorch for the rest"
+    try:
+        if any(use_triton(op, device) for op in KERNELS):
+            return f"{get_backend()} (Triton kernels for {', '.join(sorted(KERNELS))}; PyTorch for the rest)"
+        return f"{get_backend()} (PyTorch on every device here)"
+    except (ValueError, ImportError) as error:
+        return f"unusable: {error}"

@@ -9,13 +9,12 @@ import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from . import defaults, likelihoods
+from . import arguments, defaults, likelihoods
 from .clock import AdamClock
 from .model import RowModel
 from .observations import ColumnUnits
@@ -30,19 +29,17 @@ FORMAT, FORMAT_VERSION = "rvi_fast", 1
 CONFIG = "config.json"
 
 
-def save(estimator: Estimator, dir: Any, *, rows: bool, moments: bool = False, trainer: Trainer | None = None) -> None:
+def save(estimator: Estimator, dir: Any, *, rows: bool, trainer: Trainer | None = None) -> None:
     """Write the model, and with `trainer` all that training needs to go on to the same bits.
 
     The tensors go to a file of a new name, and config.json, which names it, is replaced last and in one piece: a
     reader, or a kill at any moment, sees the old model or the new one.
     """
-    folder = Path(dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = _model_tensors(estimator, rows, moments and trainer is None)
-    config = _config(estimator, rows)
+    folder = make_folder(dir)
+    tensors = _model_tensors(estimator, rows)
+    config = _config(estimator, rows, trainer)
     if trainer is not None:
         tensors |= _training_tensors(estimator, trainer)
-        config["training"] = _training_config(estimator, trainer)
     config["tensors"] = f"tensors-{uuid.uuid4().hex[:12]}.safetensors"
     path = folder / config["tensors"]
     try:
@@ -54,6 +51,16 @@ def save(estimator: Estimator, dir: Any, *, rows: bool, moments: bool = False, t
     for old in folder.glob("tensors-*.safetensors"):
         if old != path:
             old.unlink(missing_ok=True)
+
+
+def make_folder(dir: Any) -> Path:
+    """The folder, made if it is not there; one sentence if it cannot be."""
+    folder = Path(dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise NotADirectoryError(f"{folder} is a file, or lies under one; give a folder") from None
+    return folder
 
 
 def _replace_text(path: Path, text: str) -> None:
@@ -68,8 +75,8 @@ def _replace_text(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _config(estimator: Estimator, rows: bool) -> dict[str, Any]:
-    params = estimator.get_params()
+def _config(estimator: Estimator, rows: bool, trainer: Trainer | None = None) -> dict[str, Any]:
+    params = {name: arguments.plain(value) for name, value in estimator.get_params().items()}
     params["likelihood"] = "auto" if isinstance(params["likelihood"], str) else _likelihood_config(params["likelihood"])
     params["device"] = str(params["device"])
     return {
@@ -84,11 +91,15 @@ def _config(estimator: Estimator, rows: bool) -> dict[str, Any]:
         "history": estimator.history_,
         "n_steps": getattr(estimator, "n_steps_", None),
         "stopped": getattr(estimator, "stopped_", None),
+        **({} if trainer is None else {"training": _training_config(estimator, trainer)}),
     }
 
 
 def _likelihood_config(likelihood: likelihoods.Likelihood) -> dict[str, Any]:
-    kind = next(name for name, cls in likelihoods.KINDS.items() if type(likelihood) is cls)
+    kind = next((name for name, cls in likelihoods.KINDS.items() if type(likelihood) is cls), None)
+    if kind is None:
+        known = " and ".join(cls.__name__ for cls in likelihoods.KINDS.values())
+        raise TypeError(f"a model with likelihood {type(likelihood).__name__} cannot be saved; {known} can")
     return {"kind": kind, **likelihood.settings()}
 
 
@@ -99,18 +110,13 @@ def _likelihood_from(config: Any) -> Any:
     return likelihoods.KINDS[settings.pop("kind")](**settings)
 
 
-def _model_tensors(estimator: Estimator, rows: bool, moments: bool) -> dict[str, Tensor]:
+def _model_tensors(estimator: Estimator, rows: bool) -> dict[str, Tensor]:
     model = estimator.model_
     tensors = {f"model.{name}": t.detach().cpu() for name, t in model.state_dict().items()}
     units = estimator.units_
     tensors |= {f"units.{f.name}": torch.from_numpy(getattr(units, f.name)) for f in dataclasses.fields(units)}
-    if isinstance(model, RowModel):
-        if not rows:
-            tensors = {name: t for name, t in tensors.items() if not name.startswith("model.posterior.table.")}
-        elif moments:
-            store = model.posterior.table.store
-            if store.values.shape[1] == 3:
-                tensors |= {"adam.exp_avg": store.read_all(1), "adam.exp_avg_sq": store.read_all(2)}
+    if not rows:
+        tensors = {name: t for name, t in tensors.items() if not name.startswith("model.posterior.table.")}
     return tensors
 
 
@@ -123,7 +129,7 @@ def read(dir: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
     folder = Path(dir)
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(
             f"{folder} holds no model: {CONFIG} is missing; give the folder that save wrote"
         ) from None
@@ -131,6 +137,8 @@ def read(dir: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise ValueError(f"{folder / CONFIG} is not readable as JSON ({error}); restore it from a backup") from None
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise ValueError(f"{folder / CONFIG} was not written by rvi_fast; give the folder that save wrote")
+    if not isinstance(config.get("version"), int) or not isinstance(config.get("params"), dict):
+        raise ValueError(f"{folder / CONFIG} is damaged: version or params is missing; restore it from a backup")
     if config["version"] > FORMAT_VERSION:
         raise ValueError(
             f"{folder} has format version {config['version']}, but this rvi_fast reads up to {FORMAT_VERSION}; "
@@ -163,7 +171,11 @@ def load(cls: type[Estimator], dir: Any) -> Any:
     estimator.units_ = _units_from(tensors)
     estimator.likelihood_ = _likelihood_from(config["likelihood"])
     estimator.likelihood_.bind(estimator.n_features_in_)
-    estimator._resolve_device()
+    try:
+        estimator._resolve_device()
+    except ValueError:
+        estimator.device = "auto"
+        estimator._resolve_device()
     estimator._build(config["num_rows"] or 1, None)
     _load_model(estimator, tensors, with_rows=config["num_rows"] is not None)
     estimator.n_rows_ = config["num_rows"]
@@ -195,6 +207,8 @@ def _training_config(estimator: Estimator, trainer: Trainer) -> dict[str, Any]:
     progress = trainer.progress
     config: dict[str, Any] = {"step": progress.step, "history": progress.history, "sums": progress.sums}
     config["plan"] = {k: v for k, v in dataclasses.asdict(trainer.plan).items() if k != "device"}
+    config["data"] = trainer.data.fingerprint
+    config["val_cells"] = 0.0 if trainer.hidden is None else trainer.hidden.share
     if trainer.best is not None:
         config["best"] = {"val_mse": trainer.best[0], "epoch": trainer.best[1]}
     if isinstance(estimator.model_, RowModel):
@@ -228,7 +242,7 @@ def load_training_state(dir: Any, estimator: Estimator, trainer: Trainer) -> Non
     training = config.get("training")
     if training is None:
         raise ValueError(f"{dir} holds a finished model, not a checkpoint; fit without resume, or into another folder")
-    _check_same_run(dir, config, tensors, estimator, trainer)
+    _check_same_run(dir, config, estimator, trainer)
     _load_model(estimator, tensors, with_rows=True)
     progress = trainer.progress
     progress.step, progress.history, progress.sums = training["step"], training["history"], training["sums"]
@@ -240,17 +254,21 @@ def load_training_state(dir: Any, estimator: Estimator, trainer: Trainer) -> Non
         _load_rows(estimator.model_.posterior.table.store, training["rows"], tensors)
 
 
-def _check_same_run(
-    dir: Any, config: dict[str, Any], tensors: dict[str, Tensor], estimator: Estimator, trainer: Trainer
-) -> None:
-    ours = json.loads(json.dumps({**_config(estimator, True), "plan": _training_config(estimator, trainer)["plan"]}))
-    theirs = {**config, "plan": config["training"]["plan"]}
-    for name in ("class", "params", "resolved", "columns", "num_rows", "plan"):
-        if ours[name] != theirs[name]:
-            raise ValueError(f"the checkpoint in {dir} belongs to a fit with other {name}; use another checkpoint_dir")
-    saved = _units_from(tensors)
-    if not all(np.array_equal(getattr(saved, f), getattr(estimator.units_, f)) for f in ("shift", "scale", "constant")):
-        raise ValueError(f"the checkpoint in {dir} belongs to other data; use another checkpoint_dir")
+def _check_same_run(dir: Any, config: dict[str, Any], estimator: Estimator, trainer: Trainer) -> None:
+    ours, theirs = (_identity(c) for c in (json.loads(json.dumps(_config(estimator, True, trainer))), config))
+    for name in theirs | ours:
+        if ours.get(name) != theirs.get(name):
+            raise ValueError(
+                f"the checkpoint in {dir} belongs to a fit with {name} {theirs.get(name)!r}, not {ours.get(name)!r}; "
+                "use another checkpoint_dir"
+            )
+
+
+def _identity(config: dict[str, Any]) -> dict[str, Any]:
+    """What must be equal for a run to go on from a checkpoint."""
+    params = {name: value for name, value in config["params"].items() if name not in ("progress", "device")}
+    training = {name: config["training"][name] for name in ("data", "val_cells")}
+    return {"class": config["class"], "rows": config["num_rows"]} | params | config["training"]["plan"] | training
 
 
 def _load_ordinary_moments(trainer: Trainer, tensors: dict[str, Tensor]) -> None:

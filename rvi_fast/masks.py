@@ -7,7 +7,7 @@ equal, the entries hidden at a lower rate are also hidden at a higher one (boxes
 from __future__ import annotations
 
 import math
-from numbers import Real
+from numbers import Integral, Real
 
 import numpy as np
 import torch
@@ -110,7 +110,9 @@ def mnar(X: ArrayLike | torch.Tensor, rate: float, *, seed: int = 0) -> BoolArra
 
 
 def _generator(kind: str, seed: int) -> np.random.Generator:
-    return np.random.default_rng([seed, *kind.encode()])
+    if not isinstance(seed, Integral) or seed < 0:
+        raise ValueError(f"seed must be an int, 0 or above, got {seed!r}")
+    return np.random.default_rng([int(seed), *kind.encode()])
 
 
 def _check_rate(rate: float) -> None:
@@ -134,6 +136,11 @@ def _values_and_observed(X: ArrayLike | torch.Tensor) -> tuple[NDArray[np.generi
         X = X.detach().cpu()
         X = (X.float() if X.dtype == torch.bfloat16 else X).numpy()  # numpy has no bfloat16
     values = np.asarray(X)
+    if values.dtype == object and hasattr(X, "columns") and hasattr(X, "to_numpy"):  # a DataFrame with nullable dtypes
+        try:
+            values = X.to_numpy(dtype=np.float64, na_value=np.nan)
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"X must be numeric with NaN for missing entries: {error}") from error
     if values.dtype == object:  # a DataFrame of mixed dtypes
         try:
             values = values.astype(np.float64)
@@ -142,7 +149,10 @@ def _values_and_observed(X: ArrayLike | torch.Tensor) -> tuple[NDArray[np.generi
     if values.dtype.kind not in "fiub":
         raise TypeError(f"X must be numeric with NaN for missing entries, got dtype {values.dtype}")
     if values.ndim != 2 or values.size == 0:
-        raise ValueError(f"X must be [N, D] with at least one row and one column, got shape {values.shape}")
+        raise ValueError(
+            f"X must be [N, D] with at least one row and one column, got shape {values.shape}; "
+            "to pass a shape, give a tuple (N, D)"
+        )
     if np.isinf(values).any():
         raise ValueError("X holds infinity; replace it by NaN if the entry is missing")
     return values, ~np.isnan(values)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -18,10 +20,30 @@ ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU, "tanh": nn.Tanh, "gelu": nn.GEL
 DRAW_ROWS, DRAW_RELAYS = 0, 1
 
 
-def _check_sizes(**sizes: int) -> None:
-    for name, size in sizes.items():
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ValueError(f"{name} must be a positive int; got {size!r}")
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def _size(name: str, size: int) -> int:
+    if isinstance(size, bool) or not isinstance(size, Integral) or size < 1:
+        raise ValueError(f"{name} must be a positive int; got {size!r}")
+    return int(size)
+
+
+def _std_by_column(std: float | Mapping[str, float], widths: Mapping[str, int]) -> dict[str, float]:
+    stds = dict(std) if isinstance(std, Mapping) else dict.fromkeys(widths, std)
+    if stds.keys() != widths.keys():
+        raise ValueError(f"init_std must name the columns {', '.join(widths)}; got {', '.join(stds) or 'none'}")
+    stop = 0
+    for name, width in widths.items():
+        if not isinstance(stds[name], Real) or not 0 <= stds[name] < math.inf:
+            raise ValueError(f"init_std of {name!r} must be a finite number, 0 or above; got {stds[name]!r}")
+        stop += width
+        if stds[name] and stop > ops.MAX_LATENTS:
+            raise ValueError(
+                f"dim of a RowTable must be at most {ops.MAX_LATENTS:,} where init_std is not 0 (the keyed noise has "
+                f"no more latents); got {sum(widths.values()):,}"
+            )
+    return stds
 
 
 class RowTable(nn.Module):
@@ -50,17 +72,19 @@ class RowTable(nn.Module):
         device: torch.device | str | None = None,
     ):
         super().__init__()
-        _check_sizes(num_rows=num_rows, dim=dim)
-        widths = dict(columns or {"weight": dim})
+        num_rows, dim = _size("num_rows", num_rows), _size("dim", dim)
+        columns = {"weight": dim} if columns is None else columns
+        widths = {name: _size(f"the width of column {name!r}", width) for name, width in columns.items()}
         if sum(widths.values()) != dim:
             raise ValueError(f"columns must sum to dim={dim}; got {widths}")
         dtype = dtype or torch.get_default_dtype()
-        if not dtype.is_floating_point:
-            raise TypeError(f"dtype must be a floating-point type; got {dtype}")
+        if dtype not in DTYPES:
+            raise TypeError(f"dtype must be one of {', '.join(map(str, DTYPES))}; got {dtype}")
+        stds = _std_by_column(init_std, widths)
         self.store = RowStore(num_rows, widths, dtype, torch.device(device or "cpu"), moments)
         for name, parameter in zip(widths, self.store.parameters, strict=True):
             self._parameters[name] = parameter  # not register_parameter: `weight` is a property here
-        self._fill_normal(init_std, seed)
+        self._fill_normal(stds, seed)
 
     @property
     def num_rows(self) -> int:
@@ -71,43 +95,59 @@ class RowTable(nn.Module):
         return self.store.dim
 
     @torch.no_grad()
-    def _fill_normal(self, std: float | Mapping[str, float], seed: int) -> None:
+    def _fill_normal(self, stds: Mapping[str, float], seed: int) -> None:
         store = self.store
-        per_name = std if isinstance(std, Mapping) else dict.fromkeys(store.names, std)
         for block in store.blocks():
             rows = torch.arange(block.start, block.stop, device=store.values.device)
             for name, span in zip(store.names, store.slices, strict=True):
-                if per_name[name]:
+                if stds[name]:
                     noise = ops.philox_normal(seed, "init", 0, rows, span.stop, draw=DRAW_ROWS)[:, span]
-                    store.values[block, 0, span] = (noise * per_name[name]).to(store.values.dtype)
+                    store.values[block, 0, span] = (noise * stds[name]).to(store.values.dtype)
 
     def forward(self, rows: Tensor) -> Tensor:
         """rows: int64, any shape [...], in 0 .. num_rows - 1. Returns [..., dim], up to date."""
         ops.check_rows(rows, self.num_rows)
         flat = rows.reshape(-1).long()
-        parameters = self.store.parameters
-        if torch.is_grad_enabled() and any(p.requires_grad for p in parameters):
+        if not torch.compiler.is_compiling():
+            self._check_memory()
+        if self._needs_grad():
             self._check_optimizer()
-            values = ReadRows.apply(self.store, flat, *parameters)
+            values = ReadRows.apply(self.store, flat, *self.store.parameters)
         else:
             values = self.store.read(flat)
         return values.view(*rows.shape, self.dim)
 
+    def _needs_grad(self) -> bool:
+        return torch.is_grad_enabled() and any(p.requires_grad for p in self.store.parameters)
+
+    def _check_memory(self) -> None:
+        for index, (name, parameter) in enumerate(zip(self.store.names, self.store.parameters, strict=True)):
+            if self._parameters[name] is not parameter or not self.store.in_own_memory(index):
+                raise RuntimeError(
+                    f"the parameter {name!r} of this RowTable was replaced, or its memory was (by p.data = ..., "
+                    "torch.func.functional_call or the like), but rows are read from the table's own memory: write "
+                    "values with table.assign(values, name)"
+                )
+
     def _check_optimizer(self) -> None:
         for index, parameter in enumerate(self.store.parameters):
-            if parameter.requires_grad and index not in self.store.trained:
+            if parameter.requires_grad and self.store.owner(index) is None:
                 raise RuntimeError(
                     f"no RowAdam trains the column range {self.store.names[index]!r} of this RowTable, and no other "
-                    "optimiser can: make rvi_fast.optim.RowAdam(model.parameters()) before the first forward, freeze "
-                    "the range with requires_grad_(False), or read under torch.no_grad()"
+                    "optimiser can: make rvi_fast.optim.RowAdam(model.parameters()) before the first forward and keep "
+                    "it, freeze the range with requires_grad_(False), or read under torch.no_grad()"
                 )
 
     @property
     def weight(self) -> Tensor:
-        """All rows [num_rows, dim], up to date: the parameter itself while nothing is behind, else a copy."""
-        if self.store.up_to_date() and len(self.store.parameters) == 1:
+        """All rows [num_rows, dim], up to date, differentiable where the rows require grad (an L2 term, tied weights).
+
+        Before a RowAdam trains the table this is the parameter itself, if there is one alone (nn.init can fill it).
+        From then on it is a copy, and writing into it is lost: use assign.
+        """
+        if not self.store.modes and len(self.store.parameters) == 1:
             return self.store.parameters[0]
-        return self.store.read_all(0)
+        return ReadRows.apply(self.store, None, *self.store.parameters) if self._needs_grad() else self.store.read_all(0)
 
     def read(self, name: str) -> Tensor:
         """One column range of all rows, up to date, as a copy [num_rows, width]."""
@@ -120,6 +160,7 @@ class RowTable(nn.Module):
         if tuple(values.shape) != (self.num_rows, width):
             raise ValueError(f"values must have shape [{self.num_rows}, {width}]; got {list(values.shape)}")
         for index in indices:
+            self._parameters[self.store.names[index]] = self.store.parameters[index]
             span = self.store.slices[index]
             self.store.assign(index, values[:, span] if name is None else values)
 
@@ -156,8 +197,10 @@ class RowTable(nn.Module):
     ) -> None:
         for index, (name, parameter) in enumerate(zip(self.store.names, self.store.parameters, strict=True)):
             values = state_dict.get(prefix + name)
-            if values is None:
+            if prefix + name not in state_dict:
                 missing_keys.append(prefix + name)
+            elif not isinstance(values, Tensor):
+                error_msgs.append(f"{prefix + name}: expected a tensor, found {type(values).__name__}")
             elif values.shape != parameter.shape:
                 error_msgs.append(
                     f"{prefix + name}: expected shape {list(parameter.shape)}, found {list(values.shape)}"
@@ -222,6 +265,11 @@ class _RowPosterior(nn.Module):
         """The keyed standard normals of rows, [B, T]."""
         seed = self.seed if seed is None else seed
         dtype = self.table.store.values.dtype
+        if dtype not in (torch.float32, torch.float64):
+            raise TypeError(
+                f"{type(self).__name__} samples in float32 or float64, not in {dtype}: keep it in float32 and use "
+                "torch.autocast around the rest of the model"
+            )
         return ops.philox_normal(seed, stream, step, row_ids.long(), self.latent_dim, draw=draw, dtype=dtype)
 
     def sample_values(
@@ -297,7 +345,7 @@ class RelayPosterior(_RowPosterior):
         dtype: torch.dtype | None = None,
         moments: bool = True,
     ):
-        _check_sizes(num_rows=num_rows, latent_dim=latent_dim)
+        latent_dim = _size("latent_dim", latent_dim)
         groups = ops.check_groups(groups)
         counts = ops.active_counts(groups, active)
         if coefficients not in ops.COEFFICIENTS:
@@ -363,7 +411,7 @@ class MeanFieldPosterior(_RowPosterior):
         dtype: torch.dtype | None = None,
         moments: bool = True,
     ):
-        _check_sizes(num_rows=num_rows, latent_dim=latent_dim)
+        latent_dim = _size("latent_dim", latent_dim)
         widths = {"mean": latent_dim, "log_std": latent_dim}
         init_std = {"mean": mean_std, "log_std": 0.0}
         table = RowTable(num_rows, 2 * latent_dim, dtype, columns=widths, init_std=init_std, seed=seed, moments=moments)
@@ -403,11 +451,8 @@ class MLPDecoder(nn.Module):
         super().__init__()
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}")
-        widths = (latent_dim, *hidden)
-        if any(isinstance(w, bool) or not isinstance(w, int) or w < 1 for w in (*widths, out_dim)):
-            raise ValueError(
-                f"latent_dim, out_dim and hidden must be positive ints; got {latent_dim}, {out_dim}, {hidden}"
-            )
+        latent_dim, out_dim = _size("latent_dim", latent_dim), _size("out_dim", out_dim)
+        widths = (latent_dim, *(_size("hidden", width) for width in hidden))
         self.linear_path = linear_path and bool(hidden)
         layers: list[nn.Module] = []
         for n_in, n_out in itertools.pairwise(widths):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -11,6 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import masks
+
+EXACT_INTEGERS = 1 << 53  # float64 holds every integer up to here
 CELLS_AT_ONCE = 1 << 20  # whole-data passes go in blocks of about this many cells
 
 
@@ -52,8 +56,9 @@ class Observations:
         return values, np.ones(values.shape, dtype=bool)
 
     def check(self) -> None:
-        """Raise on infinity, and on NaN where the mask says observed."""
+        """Raise on infinity, on NaN where the mask says observed, and on integers that float64 cannot hold."""
         if self.values.dtype.kind != "f":
+            self._check_integers()
             return
         for block in self.blocks():
             values, observed = self.read(block)
@@ -65,6 +70,22 @@ class Observations:
                 if np.isnan(value):
                     raise ValueError(f"{where} is NaN but mask says observed; set mask to False there")
                 raise ValueError(f"{where} is {value}; replace infinities by NaN (missing) or by a finite number")
+
+    def _check_integers(self) -> None:
+        if self.values.dtype.itemsize < 8:
+            return
+        for block in self.blocks():
+            values = np.where(*reversed(self.read(block)), 0)  # type: ignore[call-overload]
+            if (values > EXACT_INTEGERS).any() or (values < -EXACT_INTEGERS).any():
+                raise ValueError(
+                    "X holds integers beyond 2**53, which float64 cannot hold exactly; rescale that column"
+                )
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A hash of all cells and holes and their order."""
+        place = np.arange(1, len(self) + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        return f"{int(_mix(self.row_ids().numpy().view(np.uint64) + place).sum(dtype=np.uint64)):016x}"
 
     def row_ids(self, block: int = 1 << 14) -> Tensor:
         """A 64-bit hash of every row's float32 values and mask, int64 [N]: equal rows have equal ids anywhere."""
@@ -80,9 +101,11 @@ class Observations:
     def like_container(self, values: np.ndarray) -> Any:
         """values [N, D] in the kind of container that X came in."""
         if _is_frame(self.container):
-            frame = type(self.container)(values, index=self.container.index, columns=self.container.columns)
-            return frame
-        return torch.from_numpy(values) if isinstance(self.container, Tensor) else values
+            return type(self.container)(values, index=self.container.index, columns=self.container.columns)
+        if isinstance(self.container, Tensor):
+            dtype = self.container.dtype if self.container.is_floating_point() else None
+            return torch.from_numpy(values).to(self.container.device, dtype)
+        return values
 
     def output_dtype(self) -> np.dtype:
         """The float type that holds X's observed cells exactly."""
@@ -104,6 +127,11 @@ def _is_frame(X: Any) -> bool:
 
 
 def _as_matrix(X: Any, name: str) -> np.ndarray:
+    if isinstance(X, np.ma.MaskedArray):
+        raise TypeError(f"{name} is a masked array; pass {name}.filled(np.nan), or {name}.data and mask=~{name}.mask")
+    if X is None or (isinstance(X, Tensor) and X.layout != torch.strided):
+        found = "None" if X is None else f"a tensor of layout {X.layout}"
+        raise TypeError(f"{name} must be a dense array, tensor or DataFrame [N, D]; got {found}")
     if _is_frame(X):
         _check_frame(X)
         one_dtype = len(set(X.dtypes)) == 1 and isinstance(X.dtypes.iloc[0], np.dtype)
@@ -142,6 +170,23 @@ def _as_mask(mask: Any, shape: tuple[int, ...]) -> np.ndarray:
     return array
 
 
+class HiddenCells:
+    """Observed cells hidden from training, by which early stopping judges. One bit a cell."""
+
+    def __init__(self, data: Observations, share: float, seed: int):
+        self.share = share
+        self.num_columns = data.num_columns
+        self.bits = np.zeros((len(data), -(-data.num_columns // 8)), dtype=np.uint8)
+        for number, block in enumerate(data.blocks()):
+            shape = (block.stop - block.start, data.num_columns)
+            hidden = ~masks.mcar(shape, share, seed=int(np.random.SeedSequence((seed, number)).generate_state(1)[0]))
+            self.bits[block] = np.packbits(hidden & data.read(block)[1], axis=1)
+
+    def read(self, rows: Any) -> np.ndarray:
+        """Hidden cells of rows, bool [B, D]."""
+        return np.unpackbits(self.bits[rows], axis=1, count=self.num_columns).astype(bool)
+
+
 @dataclasses.dataclass
 class ColumnUnits:
     """How each column's user units map to the model's: model = (user - shift) / scale. float64 [D] each."""
@@ -152,9 +197,17 @@ class ColumnUnits:
 
     def to_model(self, values: np.ndarray, observed: np.ndarray) -> tuple[Tensor, Tensor]:
         """Cells in the user's units -> float32 [B, D] in the model's, 0 where missing; and the mask, bool [B, D]."""
-        wide = values.astype(np.float64 if values.dtype.itemsize > 4 else np.float32, copy=False)
-        model = (wide - self.shift.astype(wide.dtype)) / self.scale.astype(wide.dtype)
-        return torch.from_numpy(np.where(observed, model, 0.0).astype(np.float32)), torch.from_numpy(observed)
+        exact_in_float32 = values.dtype.itemsize <= (4 if values.dtype.kind == "f" else 2)
+        wide = values.astype(np.float32 if exact_in_float32 else np.float64, copy=False)
+        with np.errstate(over="ignore"):
+            model = (wide - self.shift.astype(wide.dtype)) / self.scale.astype(wide.dtype)
+            model = np.where(observed, model, 0.0).astype(np.float32)
+        if not np.isfinite(model).all():
+            column = int(np.nonzero(~np.isfinite(model))[1][0])
+            raise ValueError(
+                f"X's column {column} has a value too far from the training data's for float32; rescale it"
+            )
+        return torch.from_numpy(model), torch.from_numpy(observed)
 
     def to_user(self, model: np.ndarray) -> np.ndarray:
         """The model's units [..., D] -> float64 in the user's; constant columns as they were."""
@@ -174,13 +227,15 @@ class ColumnStatistics:
     high: np.ndarray
 
     @classmethod
-    def of(cls, data: Observations) -> ColumnStatistics:
-        """One pass over the data: means and squared deviations of blocks, merged."""
+    def of(cls, data: Observations, hidden: HiddenCells | None = None) -> ColumnStatistics:
+        """One pass over the observed cells that are not hidden: means and squared deviations of blocks, merged."""
         d = data.num_columns
         count, mean, square = np.zeros(d), np.zeros(d), np.zeros(d)
         low, high = np.full(d, math.inf), np.full(d, -math.inf)
         for block in data.blocks():
             values, observed = data.read(block)
+            if hidden is not None:
+                observed = observed & ~hidden.read(block)
             wide = np.where(observed, values, 0).astype(np.float64)
             n = observed.sum(0)
             block_mean = wide.sum(0) / np.maximum(n, 1)
@@ -193,6 +248,9 @@ class ColumnStatistics:
             count = total
             low = np.minimum(low, np.where(observed, wide, math.inf).min(0))
             high = np.maximum(high, np.where(observed, wide, -math.inf).max(0))
+        if not np.isfinite(square).all():
+            column = data.column_name(int(np.argmax(~np.isfinite(square))))
+            raise ValueError(f"the variance of X's column {column} is beyond float64; rescale that column")
         return cls(count, mean, np.sqrt(square / np.maximum(count, 1)), low, high)
 
     def units(self, standardize: bool, fixed_scale: float = 1.0) -> ColumnUnits:

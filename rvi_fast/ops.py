@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import torch
@@ -26,24 +27,37 @@ def active_counts(groups: Sequence[int], active: int | float | Sequence[int | fl
 
 
 def _active_count(group: int, active: int | float) -> int:
-    if isinstance(active, bool) or not isinstance(active, (int, float)):
+    if isinstance(active, bool) or not isinstance(active, Real):
         raise TypeError(f"active must be an int (a count) or a float in (0, 1] (a share); got {active!r}")
-    if isinstance(active, float):
+    if not isinstance(active, Integral):
         if not 0 < active <= 1:
             raise ValueError(f"active as a float is a share in (0, 1]; got {active}")
         return max(1, int(active * group + 0.5))
     if not 1 <= active <= group:
         raise ValueError(f"active={active} is out of range for a group of {group} relays; it must be 1 to {group}")
-    return active
+    return int(active)
 
 
 def check_groups(groups: Sequence[int]) -> tuple[int, ...]:
     groups = tuple(groups)
-    if not groups or any(isinstance(k, bool) or not isinstance(k, int) or k < 1 for k in groups):
+    if not groups or any(isinstance(k, bool) or not isinstance(k, Integral) or k < 1 for k in groups):
         raise ValueError(
             f"groups must be one or more positive ints (relays per group), such as (25, 50, 100); got {groups}"
         )
-    return groups
+    return tuple(int(k) for k in groups)
+
+
+def _checked_int(name: str, value: Any, low: int | None = None, high: int | None = None) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an int; got {value!r}")
+    if low is not None and high is not None and not low <= value <= high:
+        raise ValueError(f"{name} must lie in {low} .. {high}; got {value}")
+    return int(value)
+
+
+def _values_at_hand(tensor: Tensor) -> bool:
+    """Whether looking at a tensor's values costs no wait: on the CPU, and not in a graph that is being compiled."""
+    return tensor.device.type == "cpu" and tensor.numel() > 0 and not torch.compiler.is_compiling()
 
 
 def check_rows(rows: Tensor, num_rows: int, name: str = "rows") -> None:
@@ -52,7 +66,7 @@ def check_rows(rows: Tensor, num_rows: int, name: str = "rows") -> None:
         raise TypeError(
             f"{name} must be an int64 tensor of row indices; got {getattr(rows, 'dtype', type(rows).__name__)}"
         )
-    if rows.device.type == "cpu" and rows.numel():
+    if _values_at_hand(rows):
         low, high = (int(v) for v in torch.aminmax(rows))
         if low < 0 or high >= num_rows:
             raise IndexError(f"{name} must lie in 0 .. {num_rows - 1}; got {low if low < 0 else high}")
@@ -60,6 +74,8 @@ def check_rows(rows: Tensor, num_rows: int, name: str = "rows") -> None:
 
 def _check_shape(name: str, tensor: Tensor, shape: Sequence[int | str], sizes: dict[str, int]) -> None:
     """Raise unless tensor has `shape`; a letter takes its size from the first tensor that has it."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a torch tensor; got {type(tensor).__name__}")
     wanted = [sizes.setdefault(s, n) if isinstance(s, str) else s for s, n in zip(shape, tensor.shape, strict=False)]
     if tensor.dim() != len(shape) or list(tensor.shape) != wanted:
         expected = ", ".join(f"{s} = {sizes[s]}" if s in sizes else str(s) for s in shape)
@@ -157,11 +173,13 @@ def masked_gaussian_nll(xhat: Tensor, x: Tensor, mask: Tensor, scale: Tensor | f
 
 
 def _as_scale(scale: Tensor | float, like: Tensor, columns: int) -> Tensor:
-    if not isinstance(scale, Tensor) and not scale > 0:
-        raise ValueError(f"scale must be above 0; got {scale}")
+    if not isinstance(scale, Tensor | Real):
+        raise TypeError(f"scale must be a number or a torch tensor; got {type(scale).__name__}")
     scale = torch.as_tensor(scale, dtype=like.dtype, device=like.device)
     if scale.dim() > 1 or (scale.dim() == 1 and scale.shape[0] not in (1, columns)):
         raise ValueError(f"scale must be one number or one per column ({columns}); got shape {list(scale.shape)}")
+    if _values_at_hand(scale) and not (scale > 0).all():
+        raise ValueError(f"scale must be above 0; got {float(scale.min())}")
     return scale
 
 
@@ -171,7 +189,12 @@ def masked_bernoulli_nll(logits: Tensor, x: Tensor, mask: Tensor) -> Tensor:
     logits, x [B, D]; mask [B, D] bool, True = observed. Returns [B]. Gradient to logits.
     """
     _check_observed("logits", logits, x, mask)
-    return reference.masked_bernoulli_nll(logits, x.to(logits.dtype), mask)
+    x = x.to(logits.dtype)
+    if _values_at_hand(x):
+        low, high = torch.aminmax(torch.where(mask, x, 0.0))
+        if not (low >= 0 and high <= 1):
+            raise ValueError(f"x must lie in [0, 1] where it is observed; got {float(low)} .. {float(high)}")
+    return reference.masked_bernoulli_nll(logits, x, mask)
 
 
 def linear_masked_gaussian_nll(
@@ -211,19 +234,25 @@ def philox_normal(
 ) -> Tensor:
     """Standard normals that depend on (seed, stream, draw, step, row id, latent index) alone: Philox-4x32-10.
 
-    seed: 64-bit int; stream: "train", "infer", "impute" or "init"; step: int or int64 tensor []; row_ids: int64 [B],
-    global; dim: latents, at most 16,384; draw: 0 to 65,535. Returns [B, dim] on the device of row_ids.
+    seed: 64-bit int; stream: "train", "infer", "impute" or "init"; step: int, 0 to 2^32 - 1, or int64 tensor [];
+    row_ids: int64 [B], global; dim: latents, at most 16,384; draw: 0 to 65,535. Returns [B, dim] on the device of
+    row_ids.
     """
     if stream not in reference.STREAMS:
         raise ValueError(f"stream must be one of {', '.join(reference.STREAMS)}; got {stream!r}")
-    if not 0 <= draw < 1 << 16:
-        raise ValueError(f"draw must lie in 0 .. 65535; got {draw}")
-    if not 0 <= dim <= MAX_LATENTS:
-        raise ValueError(f"dim must lie in 0 .. {MAX_LATENTS}; got {dim}")
+    seed = _checked_int("seed", seed)
+    draw = _checked_int("draw", draw, 0, (1 << 16) - 1)
+    dim = _checked_int("dim", dim, 0, MAX_LATENTS)
+    if not isinstance(row_ids, Tensor):
+        raise TypeError(f"row_ids must be an int64 tensor [B]; got {type(row_ids).__name__}")
     if row_ids.dtype != torch.int64 or row_ids.dim() != 1:
         raise TypeError(f"row_ids must be an int64 tensor [B]; got {row_ids.dtype} {list(row_ids.shape)}")
-    if isinstance(step, Tensor) and (step.dtype != torch.int64 or step.dim() != 0):
+    if not isinstance(step, Tensor):
+        step = _checked_int("step", step, 0, reference.WORD)
+    elif step.dtype != torch.int64 or step.dim() != 0:
         raise TypeError(f"step must be an int or an int64 tensor []; got {step.dtype} {list(step.shape)}")
+    else:
+        step = step.to(row_ids.device)
     if dtype not in (torch.float32, torch.float64):
         raise TypeError(f"dtype must be torch.float32 or torch.float64; got {dtype}")
     if dispatch.use_triton("philox_normal", row_ids.device):
@@ -269,13 +298,22 @@ def row_adam_(
     values [N, 3, C]: p, m, v of a row together; last [N] int32: the clock's reading at a row's last step; rows int64
     [B], without repeats; grad [B, C]; one lr and one weight_decay for each of `columns`. With an AdamClock, rows not
     named here follow the dense trajectory too: the clock remembers the step, and a later read catches them up.
+
+    >>> import torch
+    >>> from rvi_fast.functional import AdamClock, AdamHyper, Columns, row_adam_
+    >>> values, last = torch.zeros(1000, 3, 2), torch.zeros(1000, dtype=torch.int32)
+    >>> columns = [Columns(0, 2, AdamClock(AdamHyper(beta1=0.9, beta2=0.999, eps=1e-8)))]
+    >>> row_adam_(values, last, torch.tensor([7]), torch.ones(1, 2), columns, lr=[0.5], weight_decay=[0.0])
+    >>> values[7, 0]
+    tensor([-0.5000, -0.5000])
     """
     sizes: dict[str, int] = {}
     _check_shape("values", values, ("N", 3, "C"), sizes)
     for name, tensor, shape in (("last", last, "N"), ("rows", rows, "B"), ("grad", grad, "BC")):
         _check_shape(name, tensor, shape, sizes)
-    check_rows(rows, values.shape[0])
-    if len(torch.unique(rows)) < len(rows):
+    unique = torch.unique(rows)
+    check_rows(torch.cat((unique[:1], unique[-1:])).cpu(), values.shape[0])
+    if len(unique) < len(rows):
         raise ValueError("rows must not repeat within a step; sum the gradients of a repeated row first")
     p, m, v = read_rows(values, last, rows, columns)
     last_of_rows = last[rows]

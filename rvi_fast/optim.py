@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -33,6 +35,8 @@ class RowAdam(torch.optim.Optimizer):
     that saw no backward in a step does not age, as a parameter without gradient does not under Adam.
     """
 
+    _built = False  # until then no table is touched, so that a constructor that raises changes nothing
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -43,18 +47,36 @@ class RowAdam(torch.optim.Optimizer):
         mode: str = "dense",
     ):
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, mode=mode))
+        self._attach(self.param_groups)
+        self._built = True
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         _check_settings({**self.defaults, **param_group})
         super().add_param_group(param_group)
-        for p in self.param_groups[-1]["params"]:
-            if isinstance(p, RowParameter):
-                p.store.attach(p.index, self.param_groups[-1]["mode"])
+        if self._built:
+            try:
+                self._attach(self.param_groups[-1:])
+            except ValueError:
+                self.param_groups.pop()
+                raise
+
+    def _attach(self, groups: Sequence[dict[str, Any]]) -> None:
+        modes: dict[RowStore, dict[int, str]] = {}
+        for group in groups:
+            for p in group["params"]:
+                if isinstance(p, RowParameter):
+                    modes.setdefault(p.store, {})[p.index] = group["mode"]
+        for store, added in modes.items():
+            store.check_modes(added)
+        for store, added in modes.items():
+            for index, mode in added.items():
+                store.attach(index, mode, self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._built = True
         for _, p in self._numbered_rows():
-            p.store.trained.add(p.index)
+            p.store.own(p.index, self)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -63,7 +85,9 @@ class RowAdam(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._check_ownership()
         for group in self.param_groups:
+            _check_settings(group)
             if float(group["lr"]) * group["weight_decay"] >= 1:
                 raise ValueError(f"lr * weight_decay must be below 1; got {group['lr']} * {group['weight_decay']}")
         tables = self._tables_with_grad()
@@ -111,6 +135,7 @@ class RowAdam(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As torch.optim.AdamW's: exp_avg, exp_avg_sq and step of every parameter; rows are up to date, in a copy."""
+        self._check_ownership()
         packed = super().state_dict()
         for number, p in self._numbered_rows():
             if p.store.steps_of(p.index):
@@ -119,6 +144,7 @@ class RowAdam(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what state_dict() of a RowAdam, or of torch.optim.Adam(W) on an nn.Embedding, returned."""
+        self._check_ownership()
         modes = [group["mode"] for group in self.param_groups]
         for mode, group in zip(modes, state_dict["param_groups"], strict=False):
             _check_loadable(group, mode)
@@ -134,6 +160,22 @@ class RowAdam(torch.optim.Optimizer):
         for number, p in sorted(rows.items(), key=lambda row: row[0] in states):  # lazy counts are shared: zeros first
             state = states.get(number, FRESH)
             p.store.assign_moments(p.index, state["exp_avg"], state["exp_avg_sq"], torch.as_tensor(state["step"]))
+
+    def _check_ownership(self) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if not isinstance(p, RowParameter):
+                    continue
+                if p.store.owner(p.index) is not self:
+                    raise RuntimeError(
+                        f"this RowAdam no longer trains the column range {p.store.names[p.index]!r} of its RowTable: "
+                        "another RowAdam took it over, or drop_moments() ended it; use the newest RowAdam alone"
+                    )
+                if group["mode"] != p.store.modes[p.index]:
+                    raise ValueError(
+                        f"mode cannot change from {p.store.modes[p.index]!r} to {group['mode']!r} while a RowAdam "
+                        "trains; make a new RowAdam after table.drop_moments()"
+                    )
 
     def _numbered_rows(self) -> list[tuple[int, RowParameter]]:
         """Row parameters with the numbers that state_dict gives them: their place among all parameters."""
@@ -165,19 +207,25 @@ def _check_row_state(p: RowParameter, state: dict[str, Any]) -> None:
 
 
 def _check_settings(group: dict[str, Any]) -> None:
-    beta1, beta2 = group["betas"]
-    for name, value, good in (
-        ("lr", group["lr"], float(group["lr"]) >= 0),
-        ("betas[0]", beta1, 0 <= beta1 < 1),
-        ("betas[1]", beta2, 0 <= beta2 < 1),
-        ("eps", group["eps"], group["eps"] > 0),
-        ("weight_decay", group["weight_decay"], group["weight_decay"] >= 0),
-    ):
-        if not good:
-            bound = "in [0, 1)" if name.startswith("betas") else "above 0" if name == "eps" else "at least 0"
-            raise ValueError(f"{name} must be {bound}; got {value}")
+    betas = group["betas"]
+    if not isinstance(betas, Sequence) or len(betas) != 2:
+        raise ValueError(f"betas must be two numbers in [0, 1), such as (0.9, 0.999); got {betas!r}")
+    _check_number("lr", group["lr"], "at least 0", lambda value: 0 <= value < math.inf)
+    for number, beta in enumerate(betas):
+        _check_number(f"betas[{number}]", beta, "in [0, 1)", lambda value: 0 <= value < 1)
+    _check_number("eps", group["eps"], "above 0", lambda value: 0 < value < math.inf)
+    _check_number("weight_decay", group["weight_decay"], "at least 0", lambda value: 0 <= value < math.inf)
     if group["mode"] not in MODES:
         raise ValueError(f"mode must be 'dense' or 'lazy'; got {group['mode']!r}")
+    for name in ("amsgrad", "maximize"):
+        if group.get(name):
+            raise ValueError(f"RowAdam has no {name}; leave it out" + ("" if name == "amsgrad" else ", negate the loss"))
+
+
+def _check_number(name: str, value: Any, bound: str, good: Callable[[float], bool]) -> None:
+    is_number = isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1)
+    if not is_number or not good(float(value)):
+        raise ValueError(f"{name} must be {bound}, and finite; got {value!r}")
 
 
 def _check_loadable(group: dict[str, Any], mode: str) -> None:

@@ -156,6 +156,25 @@ def _foreach_stored_(func: Any, grads: list[Tensor], *args: Any, **kwargs: Any) 
     func([g.values if isinstance(g, RowGrad) else g for g in grads], *args, **kwargs)
 
 
+def _clamp_(func: Any, grad: Any, low: Any = None, high: Any = None) -> Any:
+    if not isinstance(grad, RowGrad) or isinstance(low, Tensor) or isinstance(high, Tensor):
+        raise NotImplementedError(f"{func}: the gradient of a RowTable can be clamped by numbers only")
+    if (low is not None and low > 0) or (high is not None and high < 0):
+        raise NotImplementedError("clamping the gradient of a RowTable must leave 0 at 0: min <= 0 <= max")
+    func(grad.merge_().values, low, high)
+    return grad
+
+
+def _foreach_clamp_min_(func: Any, grads: list[Tensor], low: float) -> None:
+    for grad in grads:
+        grad.clamp_(min=low)
+
+
+def _foreach_clamp_max_(func: Any, grads: list[Tensor], high: float) -> None:
+    for grad in grads:
+        grad.clamp_(max=high)
+
+
 def _foreach_zero_(func: Any, grads: list[Tensor]) -> None:
     for grad in grads:
         grad.zero_()
@@ -182,5 +201,8 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     aten._foreach_div_.Scalar: _foreach_stored_,
     aten._foreach_div_.Tensor: _foreach_stored_,
     aten._amp_foreach_non_finite_check_and_unscale_.default: _foreach_stored_,
+    aten.clamp_.default: _clamp_,
+    aten._foreach_clamp_min_.Scalar: _foreach_clamp_min_,
+    aten._foreach_clamp_max_.Scalar: _foreach_clamp_max_,
     aten._foreach_zero_.default: _foreach_zero_,
 }

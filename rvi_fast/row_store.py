@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -67,9 +68,7 @@ class RowStore:
         self.moving: dict[int, Movement] = {}
         self.columns: list[Columns] = []
         self.modes: dict[int, str] = {}  # of the ranges that have moments
-        self.trained: set[int] = (
-            set()
-        )  # the ranges that a RowAdam owns; a copy has no owner until one is copied with it
+        self.trained: dict[int, weakref.ref] = {}  # by which RowAdam; a copy has none until one is copied with it
         self._make_parameters([True] * len(widths))
 
     def _make_parameters(self, requires_grad: list[bool]) -> None:
@@ -85,7 +84,7 @@ class RowStore:
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
         state["parameters"] = [p.requires_grad for p in self.parameters]
-        state["trained"] = set()
+        state["trained"] = {}
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -109,6 +108,11 @@ class RowStore:
         """All rows, in slices of bounded size."""
         size = max(1, ELEMENTS_AT_ONCE // self.dim)
         return (slice(start, min(start + size, self.num_rows)) for start in range(0, self.num_rows, size))
+
+    def in_own_memory(self, index: int) -> bool:
+        """Whether the parameter of a column range still is a view of `values`."""
+        offset = self.slices[index].start * self.values.itemsize
+        return self.parameters[index].data_ptr() == self.values.data_ptr() + offset
 
     def _rows(self, block: slice) -> Tensor:
         return torch.arange(block.start, block.stop, device=self.values.device)
@@ -171,14 +175,24 @@ class RowStore:
             return LazyClock(hyper, self.steps[index])
         return AdamClock(hyper, self.steps[index], self.values.device)
 
-    def attach(self, index: int, mode: str) -> None:
-        """Let a RowAdam train a column range, from fresh moments."""
-        other = next((m for i, m in self.modes.items() if i != index), mode)
-        if other != mode:
+    def own(self, index: int, optimizer: Any) -> None:
+        self.trained[index] = weakref.ref(optimizer)
+
+    def owner(self, index: int) -> Any:
+        """The RowAdam that trains a column range, None if there is none (any more)."""
+        return self.trained[index]() if index in self.trained else None
+
+    def check_modes(self, added: Mapping[int, str]) -> None:
+        """Raise unless all ranges have one mode after `attach` of the ranges in `added`."""
+        modes = set({**self.modes, **added}.values())
+        if len(modes) > 1:
             raise ValueError(
-                f"all columns of a RowTable need the same mode; got {mode!r} beside {other!r} "
+                f"all columns of a RowTable need the same mode; got {' beside '.join(map(repr, sorted(modes)))} "
                 "(after table.drop_moments() both can start afresh)"
             )
+
+    def attach(self, index: int, mode: str, optimizer: Any) -> None:
+        """Let a RowAdam train a column range, from fresh moments."""
         self.flush()
         self._make_room_for_moments()
         self.values[:, 1:, self.slices[index]] = 0
@@ -186,7 +200,7 @@ class RowStore:
         self.moving, self.columns = {}, []
         self.steps[index] = 0
         self.modes[index] = mode
-        self.trained.add(index)
+        self.own(index, optimizer)
 
     def _make_room_for_moments(self) -> None:
         if self.values.shape[1] == 1:
@@ -197,7 +211,7 @@ class RowStore:
     def drop_moments(self) -> None:
         """Bring every row up to date and give Adam's two thirds of the memory back; a RowAdam then starts afresh."""
         self.flush()
-        self.moving, self.columns, self.modes, self.trained = {}, [], {}, set()
+        self.moving, self.columns, self.modes, self.trained = {}, [], {}, {}
         self._replace(self.values[:, :1].clone())
 
     def _replace(self, values: Tensor) -> None:
@@ -207,10 +221,13 @@ class RowStore:
 
     def apply(self, fn: Any) -> None:
         """What nn.Module._apply does to a parameter: move or convert the memory, keep the parameters' identity."""
+        values = fn(self.values)
+        if values.is_meta:
+            raise NotImplementedError("a RowTable cannot move to the meta device; build it on the device that it needs")
         grads = [p.grad for p in self.parameters]
         for parameter in self.parameters:
             parameter.grad = None
-        self._replace(fn(self.values))
+        self._replace(values)
         self.last, self.step = fn(self.last), fn(self.step)
         for column in self.columns:
             column.clock.to(self.values.device)
@@ -220,9 +237,10 @@ class RowStore:
 
     @torch.no_grad()
     def assign(self, index: int, values: Tensor) -> None:
-        """Overwrite one column range of every row; the moments stay."""
+        """Overwrite one column range of every row; the moments stay. Its parameter views the table again, if need be."""
         self.flush()
         self.values[:, 0, self.slices[index]] = values
+        self.parameters[index].data = self._stored(index)
 
     @torch.no_grad()
     def assign_rows(self, rows: Tensor, values: Tensor) -> None:
@@ -294,19 +312,21 @@ class RowStore:
 
 
 class ReadRows(torch.autograd.Function):
-    """Rows of a table, up to date, with gradients that hold the batch's rows alone."""
+    """Rows of a table (None: all), up to date, with gradients that hold the batch's rows alone."""
 
     @staticmethod
-    def forward(ctx: Any, store: RowStore, rows: Tensor, *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, store: RowStore, rows: Tensor | None, *parameters: Tensor) -> Tensor:
         ctx.save_for_backward(rows)
         ctx.store = store
-        return store.read(rows)
+        return store.read_all(0) if rows is None else store.read(rows)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         (rows,) = ctx.saved_tensors
         store: RowStore = ctx.store
+        if rows is None:
+            rows = torch.arange(store.num_rows, device=grad.device)
         grads = [
             RowGrad(rows, grad[:, span].contiguous().clone(), store.num_rows) if needed else None
             for span, needed in zip(store.slices, ctx.needs_input_grad[2:], strict=True)

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from . import masks, reference
+from . import reference
 from .model import LatentModel
-from .observations import ColumnUnits, Observations
+from .observations import ColumnUnits, HiddenCells, Observations
 from .optim import RowAdam
 from .row_store import RowParameter
 
@@ -59,23 +59,7 @@ class Progress:
     step: int = 0
     history: dict[str, list[float]] = dataclasses.field(default_factory=dict)
     sums: list[float] = dataclasses.field(default_factory=lambda: [0.0, 0.0, 0.0])  # nll, kl, rows of this epoch
-    stopped: str = "completed"
-
-
-class HiddenCells:
-    """Observed cells hidden from training, by which early stopping judges. One bit a cell."""
-
-    def __init__(self, data: Observations, share: float, seed: int):
-        self.num_columns = data.num_columns
-        self.bits = np.zeros((len(data), -(-data.num_columns // 8)), dtype=np.uint8)
-        for number, block in enumerate(data.blocks()):
-            shape = (block.stop - block.start, data.num_columns)
-            hidden = ~masks.mcar(shape, share, seed=np.random.SeedSequence((seed, number)).generate_state(1)[0])
-            self.bits[block] = np.packbits(hidden & data.read(block)[1], axis=1)
-
-    def read(self, rows: Any) -> np.ndarray:
-        """Hidden cells of rows, bool [B, D]."""
-        return np.unpackbits(self.bits[rows], axis=1, count=self.num_columns).astype(bool)
+    stopped: str = "failed"  # "completed", "early" or "interrupted" once training has ended well
 
 
 class Trainer:
@@ -126,7 +110,6 @@ class Trainer:
     ) -> Progress:
         """Train to the end of the plan, or until interrupted or told to stop."""
         progress, per_epoch = self.progress, self.plan.steps_per_epoch(len(self.data))
-        self.model.train()
         bar = tqdm(
             total=self.total,
             initial=progress.step,
@@ -135,24 +118,29 @@ class Trainer:
             unit="step",
             leave=False,
         )
-        started = time.perf_counter()
-        with bar, self.threads(), _interrupt_flag() as interrupted:
-            for rows in self.batches():
-                self.step(rows)
-                bar.update()
-                if progress.step % per_epoch == 0 or progress.step == self.total:
-                    logs = self.close_epoch(time.perf_counter() - started)
-                    bar.set_postfix(loss=f"{logs['loss']:.4g}")
-                    if after_epoch(logs) or self.exhausted(logs):
-                        progress.stopped = "early"
+        before = progress.history.get("seconds", [0.0])[-1]
+        started = time.perf_counter() - before
+        self.model.train()
+        try:
+            with bar, self.threads(), torch.enable_grad(), _interrupt_flag() as interrupted:
+                for rows in self.batches():
+                    self.step(rows)
+                    bar.update()
+                    stop = False
+                    if progress.step % per_epoch == 0 or progress.step == self.total:
+                        logs = self.close_epoch(time.perf_counter() - started)
+                        bar.set_postfix(loss=f"{logs['loss']:.4g}")
+                        exhausted = self.exhausted(logs)
+                        stop = after_epoch(logs) or exhausted
+                    after_step(progress.step)
+                    if stop or interrupted.is_set():
+                        progress.stopped = "early" if stop else "interrupted"
                         break
-                after_step(progress.step)
-                if interrupted.is_set():
-                    progress.stopped = "interrupted"
-                    break
-        self.optimizer.zero_grad()
-        self.restore_best()
-        self.model.eval()
+                else:
+                    progress.stopped = "completed"
+        finally:
+            self.optimizer.zero_grad()
+            self.model.eval()
         return progress
 
     def empty_rows(self) -> Tensor:
@@ -202,6 +190,9 @@ class Trainer:
             "nll": nll / rows,
             "kl": kl / rows,
         }
+        if not math.isfinite(logs["loss"]):
+            rates = ", ".join(f"{lr:g}" for lr in self.base_lr)
+            raise FloatingPointError(f"training diverged before step {progress.step}; lower lr or row_lr (now {rates})")
         logs |= {"lr": self.optimizer.param_groups[-1]["lr"], "seconds": seconds}
         if self.hidden is not None:
             logs["val_mse"] = self.validate()
@@ -235,10 +226,16 @@ class Trainer:
             return False
         epoch = len(self.progress.history["val_mse"])
         if self.best is None or logs["val_mse"] < self.best[0]:
-            self.best = (logs["val_mse"], epoch, {k: v.clone() for k, v in self.model.state_dict().items()})
+            self.best = (logs["val_mse"], epoch, self._snapshot())
         return epoch - self.best[1] >= self.plan.patience
 
+    def _snapshot(self) -> dict[str, Tensor]:
+        """A copy of the model's state; of the rows, state_dict makes one anyway."""
+        live = {t.data_ptr() for t in (*self.model.parameters(), *self.model.buffers())}
+        return {k: v.clone() if v.data_ptr() in live else v for k, v in self.model.state_dict().items()}
+
     def restore_best(self) -> None:
+        """Give the model the state with the least error on hidden cells, where there are any."""
         if self.best is not None:
             self.model.load_state_dict(self.best[2])
 

@@ -202,6 +202,10 @@ BAD_FITS = {
     "text column": (lambda X: (pd.DataFrame(X).astype({2: str}),), TypeError, "column 2 has dtype"),
     "ragged": (lambda X: ([[1.0, 2.0], [3.0]],), ValueError, "X must be rectangular"),
     "NaN under mask True": (lambda X: (X, np.ones(X.shape, bool)), ValueError, "is NaN but mask says observed"),
+    "a masked array": (lambda X: (np.ma.masked_invalid(X),), TypeError, "X is a masked array"),
+    "nothing": (lambda X: (None,), TypeError, "X must be a dense array, tensor or DataFrame"),
+    "sparse": (lambda X: (torch.from_numpy(X).to_sparse(),), TypeError, "tensor of layout torch.sparse_coo"),
+    "huge integers": (lambda X: (np.full(X.shape, 2**60 + 1),), ValueError, "integers beyond 2"),
     "mask of ints": (lambda X: (X, np.isnan(X).astype(int)), TypeError, "mask must be bool"),
     "mask of another shape": (lambda X: (X, ~np.isnan(X)[:4]), ValueError, r"mask must have X's shape \[50, 6\]"),
 }
@@ -225,32 +229,128 @@ def test_bad_data_leave_the_model_as_it_was(cls, kw, name):
     "kw, error, match",
     [
         ({"groups": ()}, ValueError, "groups must be one or more positive ints"),
-        ({"groups": (5, 0)}, ValueError, "groups must be one or more positive ints"),
+        ({"groups": (5, 0)}, ValueError, "groups must be a sequence of positive ints"),
+        ({"groups": 5}, ValueError, "groups must be a sequence of positive ints"),
         ({"groups": (5,), "active": 6}, ValueError, "active=6 is out of range for a group of 5 relays"),
         ({"active": 0.0}, ValueError, r"share in \(0, 1\]"),
         ({"active": 1.5}, ValueError, r"share in \(0, 1\]"),
         ({"active": (0.5,)}, ValueError, "active has 1 entries for 3 groups"),
         ({"latents": 3}, TypeError, "RVI has no argument 'latents'; did you mean 'latent_dim'"),
         ({"latent_dim": 0}, ValueError, "latent_dim must be a positive int"),
-        ({"hidden": "big"}, ValueError, "hidden must be a sequence of widths"),
+        ({"hidden": "big"}, ValueError, "hidden must be a sequence of positive ints"),
         ({"lr": -1.0}, ValueError, "lr must be a number of at least 0"),
         ({"row_lr": float("nan")}, ValueError, "row_lr must be a number of at least 0"),
         ({"kl_weight": -1}, ValueError, "kl_weight must be"),
         ({"schedule": "step"}, ValueError, "schedule must be"),
         ({"likelihood": "poisson"}, TypeError, "likelihood must be 'auto' or one of"),
-        ({"optimizer_mode": "sparse"}, ValueError, "optimizer_mode must be 'dense' or 'lazy'"),
+        ({"optimizer_mode": "sparse"}, ValueError, "optimizer_mode must be one of 'dense', 'lazy'"),
         ({"coefficients": "sigmoid"}, ValueError, "coefficients must be"),
         ({"batch_size": 2.5}, ValueError, "batch_size must be"),
         ({"epochs": True}, ValueError, "epochs must be"),
         ({"seed": "a"}, ValueError, "seed must be an int"),
         ({"activation": "swoosh"}, ValueError, "activation must be one of"),
-        ({"standardize": "yes"}, ValueError, "standardize must be True, False or 'auto'"),
-        ({"device": "abacus"}, ValueError, "device"),
+        ({"standardize": "yes"}, ValueError, "standardize must be one of True, False, 'auto'"),
+        ({"device": "abacus"}, ValueError, "device must be 'auto' or a torch device"),
+        ({"hidden": 64}, ValueError, "hidden must be a sequence of positive ints"),
+        ({"hidden": None}, ValueError, "hidden must be a sequence of positive ints"),
+        ({"log_std": float("nan")}, ValueError, "log_std must be a number between"),
+        ({"log_std": 200}, ValueError, "log_std must be a number between"),
+        ({"lr": np.array([1.0])}, ValueError, "lr must be a number of at least 0"),
+        ({"latent_dim": np.array([1])}, ValueError, "latent_dim must be a positive int"),
+        ({"seed": 2**70}, ValueError, "seed must be an int in 0"),
+        ({"seed": -1}, ValueError, "seed must be an int in 0"),
+        ({"schedule": ["x"]}, ValueError, "schedule must be one of"),
+        ({"keep_empty_columns": "no"}, ValueError, "keep_empty_columns must be one of True, False"),
+        ({"progress": "x"}, ValueError, "progress must be one of True, False"),
     ],
 )
 def test_bad_arguments(kw, error, match):
     with pytest.raises(error, match=match):
         RVI(**kw)
+
+
+@pytest.mark.parametrize(
+    "kw, fit, error, match",
+    [
+        ({"weight_decay": 200.0}, {}, ValueError, r"lr \* weight_decay must be below 1"),
+        ({"row_lr": 1e30}, {}, FloatingPointError, r"training diverged before step \d+; lower lr or row_lr"),
+        ({}, {"callbacks": [3]}, TypeError, "callbacks must be a sequence of functions"),
+        ({}, {"callbacks": print}, TypeError, "callbacks must be a sequence of functions"),
+        ({}, {"max_steps": 2.5}, ValueError, "max_steps must be a positive int or None"),
+        ({}, {"checkpoint_every": 0, "checkpoint_dir": "x"}, ValueError, "checkpoint_every must be a positive int"),
+        ({}, {"checkpoint_dir": __file__}, NotADirectoryError, "is a file, or lies under one; give a folder"),
+        ({}, {"val_cells": "a"}, ValueError, "val_cells must be a share"),
+        ({"device": "cuda:99"}, {}, ValueError, "device 'cuda:99' cannot be used here"),
+        ({"epochs": 0}, {}, ValueError, "epochs must be a positive int"),
+    ],
+)
+def test_a_refused_fit_leaves_the_model_as_it_was(kw, fit, error, match):
+    model = fitted(RVI, SMALL | RELAYS)
+    embedding, steps = model.embed().copy(), model.n_steps_
+    for name, value in kw.items():
+        setattr(model, name, value)
+    with pytest.raises(error, match=match):
+        model.fit(table(n=33), **fit)
+    assert model.n_rows_ == 50 and model.n_steps_ == steps
+    assert np.array_equal(model.embed(), embedding) and np.isfinite(model.impute()).all()
+
+
+def test_an_exception_in_a_callback_leaves_a_usable_model():
+    def fail(model, logs):
+        if logs["step"] == 8:
+            raise KeyError("mine")
+
+    X = table()
+    X[7] = np.nan
+    model = RVI(**SMALL, **RELAYS)
+    with pytest.raises(KeyError, match="mine"):
+        model.fit(X, callbacks=[fail])
+    assert model.n_steps_ == 8 and model.stopped_ == "failed" and not model.model_.training
+    assert np.isfinite(model.impute()).all()
+
+
+def test_numpy_numbers_are_numbers(tmp_path):
+    kw = dict(
+        latent_dim=np.int64(4), hidden=np.array([8]), groups=range(5, 7), active=np.float32(0.5), seed=np.int64(3)
+    )
+    model = RVI(**{**SMALL, **kw, "lr": np.float32(1e-3), "epochs": np.int32(2)}).fit(table())
+    model.save(tmp_path)
+    assert np.array_equal(RVI.load(tmp_path).embed(), model.embed())
+
+
+def test_large_integers_keep_their_digits():
+    """int32 seconds since 1970 that differ by less than float32 can tell apart."""
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 200, (60, 1))
+    X = np.hstack([x, 2 * x, 3 * x, x + 7]) + 1_600_000_000
+    mask = rng.random(X.shape) > 0.2
+    kw = {**SMALL, **RELAYS, "epochs": 20, "lr": 1e-2}
+    of_int32 = RVI(**kw).fit(X.astype(np.int32), mask).impute()
+    assert np.array_equal(of_int32, RVI(**kw).fit(X.astype(np.int64), mask).impute())
+
+
+def test_statistics_do_not_see_hidden_cells():
+    X = np.random.default_rng(0).normal(size=(40, 3))
+    model = RVI(**SMALL, **RELAYS).fit(X, val_cells=0.5)
+    from rvi_fast.observations import HiddenCells, Observations
+
+    seen = ~HiddenCells(Observations(X), 0.5, seed=0).read(slice(None))
+    assert np.allclose(model.units_.shift, np.where(seen, X, np.nan).mean(0, where=seen))
+
+
+def test_training_does_not_see_hidden_cells():
+    """Whatever stands in a hidden cell, the model comes out the same."""
+    from rvi_fast.observations import HiddenCells, Observations
+
+    X = np.random.default_rng(0).normal(size=(40, 3))
+    other = np.where(HiddenCells(Observations(X), 0.3, seed=0).read(slice(None)), X + 5, X)
+    kw = {**SMALL, **RELAYS, "epochs": 2}
+    assert np.array_equal(RVI(**kw).fit(X, val_cells=0.3).embed(), RVI(**kw).fit(other, val_cells=0.3).embed())
+
+
+def test_sklearn_clones_the_estimators():
+    clone = pytest.importorskip("sklearn.base").clone
+    assert clone(RVI(latent_dim=3, groups=[4, 5])).get_params() == RVI(latent_dim=3, groups=[4, 5]).get_params()
 
 
 def test_bad_calls():
@@ -276,6 +376,22 @@ def test_bad_calls():
         model.impute(table()[:3], posterior=model.posterior_)
     with pytest.raises(TypeError, match="steps has no effect beside posterior"):
         model.impute(table(), posterior=model.posterior_, steps=3)
+    with pytest.raises(TypeError, match="mask needs X beside it"):
+        model.embed(mask=~np.isnan(table()))
+    for result in (model.embed, model.reconstruct, model.score):
+        with pytest.raises(ValueError, match="posterior has 50 rows, but X has 3"):
+            result(table()[:3], posterior=model.posterior_)
+    with pytest.raises(TypeError, match="posterior must be what infer or posterior_ gave; got int"):
+        model.impute(table(), posterior=5)
+    other = RVI(**{**SMALL, **RELAYS, "latent_dim": 7}).fit(table())
+    with pytest.raises(ValueError, match="posterior has 7 latents, but the model has 4"):
+        model.impute(table(), posterior=other.posterior_)
+    with pytest.raises(TypeError, match="infer has no argument 'stepz'"):
+        model.impute(table(), stepz=3)
+    with pytest.raises(ValueError, match="seed must be an int"):
+        model.sample(3, seed="a")
+    with pytest.raises(ValueError, match="has a value too far from the training data"):
+        model.infer(table() * 1e300, steps=2)
     with pytest.raises(ValueError, match="n must be a positive int"):
         model.sample(0)
     with pytest.raises(TypeError, match="relays; VAD has none"):
@@ -341,8 +457,7 @@ def test_early_stopping_hides_cells_and_keeps_the_best():
 
 
 def test_hidden_cells_do_not_reach_training():
-    from rvi_fast.observations import Observations
-    from rvi_fast.train import HiddenCells
+    from rvi_fast.observations import HiddenCells, Observations
 
     data = Observations(table(n=400, d=9))
     hidden = HiddenCells(data, 0.25, seed=0).read(slice(None))

@@ -1,6 +1,5 @@
 import json
 import os
-import resource
 import subprocess
 import sys
 
@@ -66,12 +65,35 @@ def test_without_rows_new_rows_still_work(tmp_path):
         again.embed()
 
 
-def test_moments_are_saved_on_request(tmp_path):
-    model = RVI(**KINDS[0][1]).fit(table())
-    model.save(tmp_path, optimizer=True)
-    _, tensors = io.read(tmp_path)
-    store = model.model_.posterior.table.store
-    assert torch.equal(tensors["adam.exp_avg"], store.read_all(1)) and tensors["adam.exp_avg_sq"].abs().sum() > 0
+def test_a_model_saved_with_its_optimizer_trains_on(tmp_path):
+    kw = KINDS[0][1] | {"epochs": 6}
+    whole = RVI(**kw).fit(table())
+    stopped = RVI(**kw).fit(table(), callbacks=[lambda model, logs: logs["step"] == 8])
+    assert stopped.n_steps_ == 8
+    stopped.save(tmp_path, optimizer=True)
+    resumed = RVI(**kw).fit(table(), checkpoint_dir=tmp_path, resume=True)
+    assert resumed.n_steps_ == 24 and np.array_equal(resumed.embed(), whole.embed())
+    with pytest.raises(ValueError, match="optimizer=True needs the fit in this process"):
+        RVI.load(tmp_path).save(tmp_path / "again", optimizer=True)
+    with pytest.raises(ValueError, match="optimizer=True needs rows=True"):
+        whole.save(tmp_path / "again", optimizer=True, rows=False)
+
+
+def test_a_likelihood_of_ones_own_cannot_be_saved(tmp_path):
+    class Mine(Gaussian):
+        pass
+
+    model = RVI(**KINDS[0][1], likelihood=Mine(0.5)).fit(table())
+    with pytest.raises(TypeError, match="a model with likelihood Mine cannot be saved"):
+        model.save(tmp_path)
+
+
+def test_a_device_that_is_not_here_becomes_auto(tmp_path):
+    RVI(**KINDS[0][1]).fit(table()).save(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["params"]["device"] = "cuda:99"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert RVI.load(tmp_path).device == "auto"
 
 
 # resuming
@@ -106,6 +128,14 @@ def test_a_resumed_fit_ends_with_the_same_bits(cls, kw, every, val_cells, tmp_pa
         assert resumed.history_[name] == whole.history_[name]
 
 
+def test_the_end_of_a_fit_is_a_checkpoint(tmp_path):
+    """Also where no interval ends there, and where a callback or Ctrl-C ended it."""
+    for number, callbacks in enumerate(([], [lambda model, logs: logs["step"] == 8])):
+        folder = tmp_path / str(number)
+        model = RVI(**KINDS[0][1]).fit(table(), checkpoint_dir=folder, checkpoint_every=1000, callbacks=callbacks)
+        assert io.read(folder)[0]["training"]["step"] == model.n_steps_
+
+
 def test_resume_without_a_checkpoint_starts_from_the_beginning(tmp_path):
     model = RVI(**KINDS[0][1]).fit(table(), checkpoint_dir=tmp_path / "new", resume=True)
     assert model.n_steps_ == 12
@@ -115,12 +145,16 @@ def test_resume_without_a_checkpoint_starts_from_the_beginning(tmp_path):
 def test_resume_into_another_run_is_refused(tmp_path):
     RVI(**KINDS[0][1]).fit(table(), checkpoint_dir=tmp_path)
     for kw, X, match in (
-        ({"lr": 0.5}, table(), "belongs to a fit with other params"),
-        ({}, table(seed=3), "belongs to other data"),
-        ({}, table(49), "belongs to a fit with other num_rows"),
+        ({"lr": 0.5}, table(), "belongs to a fit with lr 'auto', not 0.5"),
+        ({"standardize": False}, table(), "belongs to a fit with standardize 'auto', not False"),
+        ({}, table(seed=3), "belongs to a fit with data"),
+        ({}, table(49), "belongs to a fit with rows 50, not 49"),
     ):
         with pytest.raises(ValueError, match=match):
             RVI(**(KINDS[0][1] | kw)).fit(X, checkpoint_dir=tmp_path, resume=True)
+    with pytest.raises(ValueError, match=r"belongs to a fit with val_cells 0.0, not 0.2"):
+        RVI(**KINDS[0][1]).fit(table(), val_cells=0.2, checkpoint_dir=tmp_path, resume=True)
+    RVI(**(KINDS[0][1] | {"progress": True})).fit(table(), checkpoint_dir=tmp_path, resume=True)  # asks for no new run
     model = RVI(**KINDS[0][1]).fit(table())
     model.save(tmp_path / "finished")
     with pytest.raises(ValueError, match="holds a finished model, not a checkpoint"):
@@ -142,6 +176,8 @@ def damage(folder, how):
         config.unlink()
     elif how == "config cut":
         config.write_text(config.read_text()[:50])
+    elif how == "no params":
+        config.write_text(json.dumps({"format": "rvi_fast", "version": 1}))
     elif how == "foreign":
         config.write_text('{"model_type": "bert"}')
     elif how == "newer":
@@ -158,6 +194,7 @@ def damage(folder, how):
         ("truncated tensors", ValueError, "is missing or damaged"),
         ("no tensors", ValueError, "is missing or damaged"),
         ("no config", FileNotFoundError, "holds no model: config.json is missing"),
+        ("no params", ValueError, "is damaged: version or params is missing"),
         ("config cut", ValueError, "is not readable as JSON"),
         ("foreign", ValueError, "was not written by rvi_fast"),
         ("newer", ValueError, "has format version 99, but this rvi_fast reads up to 1; upgrade rvi_fast"),
@@ -213,5 +250,4 @@ def test_peak_memory_of_a_fit_is_the_table_its_moments_and_a_constant():
     """X is there before; the table is 300 MB, so a second copy of it, or of its moments, would show."""
     out = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True).stdout
     grown, table_bytes = (int(v) for v in out.split())
-    assert grown < table_bytes + 80e6
-    assert resource.RUSAGE_SELF == 0
+    assert table_bytes / 2 < grown < table_bytes + 80e6
