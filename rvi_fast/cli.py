@@ -25,7 +25,9 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "-o", "--out", default="rvi-fast-demo", help="folder for the model and the picture (default: %(default)s)"
     )
-    demo.add_argument("--seed", type=_at_least(0), default=0, help="of the holes and of the model (default: %(default)s)")
+    demo.add_argument(
+        "--seed", type=_at_least(0), default=0, help="of the holes and of the model (default: %(default)s)"
+    )
     demo.add_argument("--epochs", type=_at_least(1), default=None, help="training epochs (default: the library's)")
     demo.add_argument("--quiet", action="store_true", help="no progress bar")
     demo.set_defaults(run=_demo)

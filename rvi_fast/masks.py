@@ -136,14 +136,10 @@ def _values_and_observed(X: ArrayLike | torch.Tensor) -> tuple[NDArray[np.generi
         X = X.detach().cpu()
         X = (X.float() if X.dtype == torch.bfloat16 else X).numpy()  # numpy has no bfloat16
     values = np.asarray(X)
-    if values.dtype == object and hasattr(X, "columns") and hasattr(X, "to_numpy"):  # a DataFrame with nullable dtypes
+    if values.dtype == object:  # a DataFrame of mixed dtypes, or of nullable ones
         try:
-            values = X.to_numpy(dtype=np.float64, na_value=np.nan)
-        except (TypeError, ValueError) as error:
-            raise TypeError(f"X must be numeric with NaN for missing entries: {error}") from error
-    if values.dtype == object:  # a DataFrame of mixed dtypes
-        try:
-            values = values.astype(np.float64)
+            to_numpy = getattr(X, "to_numpy", None)
+            values = to_numpy(dtype=np.float64, na_value=np.nan) if to_numpy else values.astype(np.float64)
         except (TypeError, ValueError) as error:
             raise TypeError(f"X must be numeric with NaN for missing entries: {error}") from error
     if values.dtype.kind not in "fiub":

@@ -2,8 +2,8 @@
 
 x, x_hat: arrays or tensors of one shape and any real dtype. where: bool of the same shape, True = the entry counts;
 None counts all. Entries that do not count are never read, so they may be NaN. All functions return a float and raise
-ValueError if the shapes differ, if no entry counts, or if an entry that counts is NaN or infinite; TypeError if x or x_hat is
-complex or `where` not boolean.
+ValueError if the shapes differ, if no entry counts, or if an entry that counts is NaN or infinite; TypeError if x or
+x_hat is complex or `where` not boolean.
 """
 
 from __future__ import annotations
@@ -58,5 +58,5 @@ def _array(values: Values) -> NDArray[np.generic]:
         values = (values.float() if values.dtype == torch.bfloat16 else values).numpy()  # numpy has no bfloat16
     array = np.asarray(values)
     if array.dtype.kind == "c":
-        raise TypeError(f"x and x_hat must be real, got dtype {array.dtype}; compare the parts, or their absolute values")
+        raise TypeError(f"x and x_hat must be real, got dtype {array.dtype}; compare their parts")
     return array

@@ -147,7 +147,9 @@ class RowTable(nn.Module):
         """
         if not self.store.modes and len(self.store.parameters) == 1:
             return self.store.parameters[0]
-        return ReadRows.apply(self.store, None, *self.store.parameters) if self._needs_grad() else self.store.read_all(0)
+        if self._needs_grad():
+            return ReadRows.apply(self.store, None, *self.store.parameters)
+        return self.store.read_all(0)
 
     def read(self, name: str) -> Tensor:
         """One column range of all rows, up to date, as a copy [num_rows, width]."""

@@ -92,7 +92,8 @@ class Observations:
         ids = np.empty(len(self), dtype=np.uint64)
         for start in range(0, len(self), block):
             values, observed = self.read(slice(start, start + block))
-            bits = np.where(observed, values, np.nan).astype(np.float32) + np.float32(0)  # -0.0 becomes 0.0
+            with np.errstate(over="ignore"):
+                bits = np.where(observed, values, np.nan).astype(np.float32) + np.float32(0)  # -0.0 becomes 0.0
             words = np.where(observed, bits.view(np.uint32), np.uint32(0x7FC00001)).astype(np.uint64)
             column = np.arange(1, self.num_columns + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
             ids[start : start + block] = _mix(_mix(words + column).sum(axis=1, dtype=np.uint64))

@@ -50,9 +50,10 @@ def check_groups(groups: Sequence[int]) -> tuple[int, ...]:
 def _checked_int(name: str, value: Any, low: int | None = None, high: int | None = None) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an int; got {value!r}")
+    value = int(value)
     if low is not None and high is not None and not low <= value <= high:
         raise ValueError(f"{name} must lie in {low} .. {high}; got {value}")
-    return int(value)
+    return value
 
 
 def _values_at_hand(tensor: Tensor) -> bool:
@@ -175,11 +176,13 @@ def masked_gaussian_nll(xhat: Tensor, x: Tensor, mask: Tensor, scale: Tensor | f
 def _as_scale(scale: Tensor | float, like: Tensor, columns: int) -> Tensor:
     if not isinstance(scale, Tensor | Real):
         raise TypeError(f"scale must be a number or a torch tensor; got {type(scale).__name__}")
+    if isinstance(scale, Real) and not scale > 0:
+        raise ValueError(f"scale must be above 0; got {scale}")
     scale = torch.as_tensor(scale, dtype=like.dtype, device=like.device)
     if scale.dim() > 1 or (scale.dim() == 1 and scale.shape[0] not in (1, columns)):
         raise ValueError(f"scale must be one number or one per column ({columns}); got shape {list(scale.shape)}")
-    if _values_at_hand(scale) and not (scale > 0).all():
-        raise ValueError(f"scale must be above 0; got {float(scale.min())}")
+    if _values_at_hand(scale) and (scale <= 0).any():
+        raise ValueError(f"scale must be above 0; got {float(scale.detach().min())}")
     return scale
 
 

@@ -210,22 +210,22 @@ def _check_settings(group: dict[str, Any]) -> None:
     betas = group["betas"]
     if not isinstance(betas, Sequence) or len(betas) != 2:
         raise ValueError(f"betas must be two numbers in [0, 1), such as (0.9, 0.999); got {betas!r}")
-    _check_number("lr", group["lr"], "at least 0", lambda value: 0 <= value < math.inf)
+    _check_number("lr", group["lr"], "at least 0 and finite", lambda value: 0 <= value < math.inf)
     for number, beta in enumerate(betas):
         _check_number(f"betas[{number}]", beta, "in [0, 1)", lambda value: 0 <= value < 1)
-    _check_number("eps", group["eps"], "above 0", lambda value: 0 < value < math.inf)
-    _check_number("weight_decay", group["weight_decay"], "at least 0", lambda value: 0 <= value < math.inf)
+    _check_number("eps", group["eps"], "above 0 and finite", lambda value: 0 < value < math.inf)
+    _check_number("weight_decay", group["weight_decay"], "at least 0 and finite", lambda value: 0 <= value < math.inf)
     if group["mode"] not in MODES:
         raise ValueError(f"mode must be 'dense' or 'lazy'; got {group['mode']!r}")
-    for name in ("amsgrad", "maximize"):
+    for name, remedy in (("amsgrad", "leave it out"), ("maximize", "negate the loss")):
         if group.get(name):
-            raise ValueError(f"RowAdam has no {name}; leave it out" + ("" if name == "amsgrad" else ", negate the loss"))
+            raise ValueError(f"RowAdam has no {name}; {remedy}")
 
 
 def _check_number(name: str, value: Any, bound: str, good: Callable[[float], bool]) -> None:
     is_number = isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1)
     if not is_number or not good(float(value)):
-        raise ValueError(f"{name} must be {bound}, and finite; got {value!r}")
+        raise ValueError(f"{name} must be {bound}; got {value!r}")
 
 
 def _check_loadable(group: dict[str, Any], mode: str) -> None:

@@ -237,7 +237,7 @@ class RowStore:
 
     @torch.no_grad()
     def assign(self, index: int, values: Tensor) -> None:
-        """Overwrite one column range of every row; the moments stay. Its parameter views the table again, if need be."""
+        """Overwrite one column range of every row; the moments stay. Its parameter views the table again."""
         self.flush()
         self.values[:, 0, self.slices[index]] = values
         self.parameters[index].data = self._stored(index)

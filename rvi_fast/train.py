@@ -168,7 +168,13 @@ class Trainer:
         index, x, mask = self.batch(rows)
         self.optimizer.zero_grad()
         nll, kl = self.model(index, x, mask)
-        self.model.row_loss(nll, kl).mean().backward()
+        loss = self.model.row_loss(nll, kl).mean()
+        if not torch.isfinite(loss):
+            rates = ", ".join(f"{lr:g}" for lr in self.base_lr)
+            raise FloatingPointError(
+                f"training diverged at step {self.progress.step}; lower lr or row_lr (now {rates})"
+            )
+        loss.backward()
         self.optimizer.step()
         progress = self.progress
         for i, value in enumerate((nll.detach().sum(), kl.detach().sum(), len(rows))):
@@ -190,9 +196,6 @@ class Trainer:
             "nll": nll / rows,
             "kl": kl / rows,
         }
-        if not math.isfinite(logs["loss"]):
-            rates = ", ".join(f"{lr:g}" for lr in self.base_lr)
-            raise FloatingPointError(f"training diverged before step {progress.step}; lower lr or row_lr (now {rates})")
         logs |= {"lr": self.optimizer.param_groups[-1]["lr"], "seconds": seconds}
         if self.hidden is not None:
             logs["val_mse"] = self.validate()

@@ -3,6 +3,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
 import rvi_fast
 from rvi_fast import RVI, cli, data
@@ -25,12 +26,35 @@ def test_info_names_versions_backend_and_devices(capsys):
     assert rvi_fast.__version__ in out and "cpu" in out and "backend" in out and "torch" in out
 
 
+@pytest.mark.parametrize("value", ["triton", "cuda"])
+def test_info_works_where_the_chosen_backend_does_not(monkeypatch, capsys, value):
+    monkeypatch.setenv("RVI_FAST_BACKEND", value)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cli.main(["info"]) == 0
+    assert "backend      unusable: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--seed", "-1"], "argument --seed: must be at least 0; got -1"),
+        (["--epochs", "0"], "argument --epochs: must be at least 1; got 0"),
+        (["--epochs", "many"], "argument --epochs: must be a whole number; got 'many'"),
+    ],
+)
+def test_bad_numbers_are_named(capsys, arguments, sentence):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["demo", *arguments])
+    assert sentence in capsys.readouterr().err
+
+
 def test_help_and_errors_are_for_people(tmp_path, capsys):
     for arguments in (["--help"], ["demo", "--help"]):
         with pytest.raises(SystemExit, match="0"):
             cli.main(arguments)
     assert "digits" in capsys.readouterr().out
-    for arguments in ([], ["demo", "--epochs", "0"], ["dance"]):
+    for arguments in ([], ["dance"]):
         with pytest.raises(SystemExit, match="2"):
             cli.main(arguments)
     (tmp_path / "file").write_text("")

@@ -51,9 +51,9 @@ def test_empty_batch_and_float64():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"latent_dim": 0}, "latent_dim, out_dim and hidden must be positive ints"),
-        ({"out_dim": 2.0}, "latent_dim, out_dim and hidden must be positive ints"),
-        ({"hidden": (64, 0)}, "latent_dim, out_dim and hidden must be positive ints"),
+        ({"latent_dim": 0}, "latent_dim must be a positive int"),
+        ({"out_dim": 2.0}, "out_dim must be a positive int"),
+        ({"hidden": (64, 0)}, "hidden must be a positive int"),
         ({"activation": "swish"}, "activation must be one of relu, silu, tanh, gelu; got 'swish'"),
     ],
 )

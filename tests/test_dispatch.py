@@ -33,8 +33,10 @@ def test_environment_is_read_when_first_needed(monkeypatch):
     monkeypatch.setenv("RVI_FAST_BACKEND", "torch")
     assert rvi_fast.get_backend() == "torch"
     monkeypatch.setenv("RVI_FAST_BACKEND", "cuda")
-    with pytest.raises(ValueError, match="backend must be one of auto, torch, triton; got 'cuda'"):
+    with pytest.raises(ValueError, match="RVI_FAST_BACKEND must be one of auto, torch, triton; got 'cuda'"):
         rvi_fast.get_backend()
+    monkeypatch.setenv("RVI_FAST_BACKEND", "")
+    assert rvi_fast.get_backend() == "auto"
 
 
 def test_set_backend_overrides_the_environment(monkeypatch):

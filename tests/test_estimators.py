@@ -273,7 +273,7 @@ def test_bad_arguments(kw, error, match):
     "kw, fit, error, match",
     [
         ({"weight_decay": 200.0}, {}, ValueError, r"lr \* weight_decay must be below 1"),
-        ({"row_lr": 1e30}, {}, FloatingPointError, r"training diverged before step \d+; lower lr or row_lr"),
+        ({"row_lr": 1e30}, {}, FloatingPointError, r"training diverged at step \d+; lower lr or row_lr"),
         ({}, {"callbacks": [3]}, TypeError, "callbacks must be a sequence of functions"),
         ({}, {"callbacks": print}, TypeError, "callbacks must be a sequence of functions"),
         ({}, {"max_steps": 2.5}, ValueError, "max_steps must be a positive int or None"),

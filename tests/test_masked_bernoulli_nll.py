@@ -94,6 +94,10 @@ def test_integer_x_and_strides():
         ({"x": torch.ones(4, 2)}, ValueError, r"x must have shape \[B = 4, D = 3\]; got \[4, 2\]"),
         ({"logits": torch.ones(4)}, ValueError, "logits must have shape"),
         ({"logits": torch.ones(4, 3, dtype=torch.int64)}, TypeError, "logits must be a floating-point tensor"),
+        ({"x": torch.full((4, 3), 1.5)}, ValueError, r"x must lie in \[0, 1\] where it is observed; got 0.0 .. 1.5"),
+        ({"x": torch.full((4, 3), -0.5)}, ValueError, r"x must lie in \[0, 1\] where it is observed"),
+        ({"x": torch.full((4, 3), torch.nan)}, ValueError, r"x must lie in \[0, 1\] where it is observed"),
+        ({"logits": np.ones((4, 3))}, TypeError, "logits must be a torch tensor; got ndarray"),
         ({"mask": torch.ones(4, 3)}, TypeError, "mask must be a bool tensor"),
     ],
 )

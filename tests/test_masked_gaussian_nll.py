@@ -115,6 +115,10 @@ def test_strided_and_expanded_input():
         ({"xhat": torch.ones(4, 3, dtype=torch.int64)}, TypeError, "xhat must be a floating-point tensor"),
         ({"scale": torch.ones(2)}, ValueError, r"scale must be one number or one per column \(3\)"),
         ({"scale": 0.0}, ValueError, "scale must be above 0"),
+        ({"scale": torch.tensor([1.0, 0.0, 2.0])}, ValueError, "scale must be above 0; got 0.0"),
+        ({"scale": "1"}, TypeError, "scale must be a number or a torch tensor; got str"),
+        ({"x": np.ones((4, 3))}, TypeError, "x must be a torch tensor; got ndarray"),
+        ({"mask": np.ones((4, 3), dtype=bool)}, TypeError, "mask must be a torch tensor; got ndarray"),
         ({"scale": math.nan}, ValueError, "scale must be above 0"),
     ],
 )

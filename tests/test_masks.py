@@ -67,6 +67,7 @@ def test_rate_outside_its_range(mask_of, rate):
     [
         (np.array([[1.0, np.inf], [0.0, 0.0]]), ValueError, "infinity"),
         (np.zeros(4), ValueError, "one row and one column"),
+        ([3, 3], ValueError, r"to pass a shape, give a tuple \(N, D\)"),
         (np.zeros((0, 4)), ValueError, "one row and one column"),
         (np.array([["a", "b"]]), TypeError, "X must be numeric"),
         (np.array([["a", None]], dtype=object), TypeError, "X must be numeric"),
@@ -82,6 +83,22 @@ def test_bad_data(mask_of, X, error, message):
 def test_bad_shape(mask_of, shape):
     with pytest.raises(ValueError, match="two positive integers"):
         mask_of(shape, 0.5)
+
+
+@pytest.mark.parametrize("mask_of", EVERY_MASK)
+@pytest.mark.parametrize("seed", [None, -1, 0.5])
+def test_bad_seed(mask_of, seed):
+    with pytest.raises(ValueError, match="seed must be an int, 0 or above"):
+        mask_of(table(10), 0.5, seed=seed)
+
+
+@pytest.mark.parametrize("mask_of", EVERY_MASK)
+def test_nullable_columns_count_as_numbers(mask_of):
+    pd = pytest.importorskip("pandas")
+    X = np.round(with_holes(table(50)))
+    frame = pd.DataFrame(X).astype({0: "Int64", 1: "Float32", 2: "Int64"})
+    assert frame.isna().iloc[:, :3].to_numpy().any()
+    np.testing.assert_array_equal(mask_of(frame, 0.4), mask_of(X, 0.4))
 
 
 def test_a_rate_that_is_no_number():

@@ -71,6 +71,9 @@ def test_errors(metric):
         metric(x, x, np.ones(3, dtype=bool))
     with pytest.raises(TypeError, match="where must be boolean"):
         metric(x, x, np.ones((2, 3)))
+    for pair in ((x + 1j, x), (x, x + 1j)):
+        with pytest.raises(TypeError, match="must be real, got dtype complex128"):
+            metric(*pair)
     with pytest.raises(ValueError, match="no entry counts"):
         metric(x, x, np.zeros((2, 3), dtype=bool))
     with pytest.raises(ValueError, match="no entry counts"):

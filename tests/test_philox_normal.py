@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -76,6 +77,23 @@ def test_row_ids_may_be_strided(device):
     )
 
 
+def test_integers_may_be_numpys(device):
+    numbers = np.uint32(5), np.int64(7), np.int32(9), np.uint8(2)
+    seed, step, dim, draw = numbers
+    noise = philox_normal(seed, "train", step, row_ids(device), dim, draw=draw)
+    seed, step, dim, draw = (int(n) for n in numbers)
+    assert torch.equal(noise, philox_normal(seed, "train", step, row_ids(device), dim, draw=draw))
+
+
+@pytest.mark.gpu
+def test_step_may_live_on_another_device():
+    ids = torch.arange(5, device="cuda")
+    for backend in ("torch", "auto"):
+        with rvi_fast.backend(backend):
+            noise = philox_normal(1, "train", torch.tensor(3), ids, 4)
+            assert torch.equal(noise, philox_normal(1, "train", 3, ids, 4))
+
+
 @pytest.mark.parametrize(("rows", "dim"), [(0, 64), (3, 0), (0, 0)])
 def test_empty(device, rows, dim):
     assert philox_normal(1, "train", 0, torch.arange(rows, device=device), dim).shape == (rows, dim)
@@ -121,6 +139,14 @@ def test_changing_any_part_of_the_key_gives_independent_noise():
         ({"draw": -1}, ValueError, "draw must lie in 0 .. 65535; got -1"),
         ({"dim": 16385}, ValueError, "dim must lie in 0 .. 16384; got 16385"),
         ({"dim": -1}, ValueError, "dim must lie in 0 .. 16384; got -1"),
+        ({"seed": 1.0}, TypeError, "seed must be an int; got 1.0"),
+        ({"seed": None}, TypeError, "seed must be an int; got None"),
+        ({"draw": "0"}, TypeError, "draw must be an int; got '0'"),
+        ({"dim": 4.0}, TypeError, "dim must be an int; got 4.0"),
+        ({"step": 0.5}, TypeError, "step must be an int; got 0.5"),
+        ({"step": -1}, ValueError, "step must lie in 0 .. 4294967295; got -1"),
+        ({"step": 1 << 32}, ValueError, "step must lie in 0 .. 4294967295; got 4294967296"),
+        ({"row_ids": [0, 1]}, TypeError, r"row_ids must be an int64 tensor \[B\]; got list"),
         (
             {"row_ids": torch.arange(3).int()},
             TypeError,

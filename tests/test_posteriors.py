@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -186,6 +187,20 @@ def test_active(active, counts):
     assert RelayPosterior(N, T, GROUPS, active).active == counts
 
 
+def test_sizes_may_be_numpys():
+    posterior = RelayPosterior(np.int64(N), np.int32(T), np.array(GROUPS), np.float32(0.5))
+    assert posterior.active == (2, 3) and posterior.groups == GROUPS
+    assert all(type(size) is int for size in (posterior.num_rows, posterior.latent_dim, *posterior.groups))
+    assert RelayPosterior(N, T, GROUPS, np.int64(2)).active == (2, 2)
+    assert MeanFieldPosterior(np.int64(N), np.int64(T)).latent_dim == T
+
+
+def test_half_precision_cannot_sample(make):
+    posterior = make().half()
+    with pytest.raises(TypeError, match=r"Posterior samples in float32 or float64.*float16.*autocast"), torch.no_grad():
+        posterior(torch.arange(3), sample=True)
+
+
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
@@ -200,6 +215,8 @@ def test_active(active, counts):
         ({"active": (1, 2, 3)}, ValueError, "active has 3 entries for 2 groups"),
         ({"coefficients": "sparse"}, ValueError, "coefficients must be 'linear' or 'softmax'"),
         ({"latent_dim": 0}, ValueError, "latent_dim must be a positive int"),
+        ({"latent_dim": 16384}, ValueError, "dim of a RowTable must be at most 16,384"),
+        ({"coef_std": -0.1}, ValueError, "init_std of 'coef' must be a finite number, 0 or above; got -0.1"),
         ({"num_rows": -1}, ValueError, "num_rows must be a positive int"),
     ],
 )

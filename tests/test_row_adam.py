@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import doctest
 import io
 import math
 from collections.abc import Iterator
@@ -182,6 +183,18 @@ def clip(norm_type, foreach):
     return loop
 
 
+def clip_value(foreach):
+    def loop(model, optimizer):
+        for t, rows in batches():
+            optimizer.zero_grad()
+            loss_of(model, rows, t).backward()
+            nn.utils.clip_grad_value_(model.parameters(), 0.3, foreach=foreach)
+            optimizer.step()
+
+    loop.__name__ = f"clip_value_{foreach}"
+    return loop
+
+
 def accumulate(model, optimizer):
     """Two backward passes a step, with rows in common."""
     for t, rows in batches():
@@ -336,10 +349,10 @@ def through_state_dicts(model, optimizer):
 
 LOOPS = [
     plain, cosine, one_cycle, lr_zero_for_a_while, grad_scaler, clip(2.0, None), clip(2.0, True),
-    clip(2.0, False), clip(math.inf, None), accumulate, zero_in_place, no_backward_in_some_steps,
-    one_row_twice_in_a_read, two_reads_in_a_step, rows_read_and_not_trained, closure, recompute,
-    freeze_and_unfreeze, ranges_with_rows_of_their_own, later_group, copied_together, pickled_together,
-    model_copied_alone, optimizer_copied_alone, through_state_dicts,
+    clip(2.0, False), clip(math.inf, None), clip_value(None), clip_value(True), accumulate, zero_in_place,
+    no_backward_in_some_steps, one_row_twice_in_a_read, two_reads_in_a_step, rows_read_and_not_trained, closure,
+    recompute, freeze_and_unfreeze, ranges_with_rows_of_their_own, later_group, copied_together,
+    pickled_together, model_copied_alone, optimizer_copied_alone, through_state_dicts,
 ]  # fmt: skip
 
 
@@ -535,6 +548,17 @@ def _saved(model: Model) -> io.BytesIO:
     return file
 
 
+def test_columns_take_a_new_mode_together():
+    model = make(OnRows)
+    plain(model, optimizer_for(model), 0, 5)
+    plain(model, optimizer_for(model, mode="lazy"), 5)
+
+
+def test_docstring_example():
+    (example,) = doctest.DocTestFinder().find(functional.row_adam_, "row_adam_")
+    assert doctest.DocTestRunner().run(example) == (0, 6)
+
+
 # --- bad input ---
 
 
@@ -543,6 +567,12 @@ def _saved(model: Model) -> io.BytesIO:
     [
         ({"lr": -1.0}, "lr must be at least 0"),
         ({"lr": math.nan}, "lr must be at least 0"),
+        ({"lr": math.inf}, "lr must be at least 0 and finite; got inf"),
+        ({"lr": None}, "lr must be at least 0 and finite; got None"),
+        ({"lr": "1e-3"}, "lr must be at least 0 and finite; got '1e-3'"),
+        ({"betas": None}, r"betas must be two numbers in \[0, 1\), such as .*; got None"),
+        ({"betas": (0.9,)}, "betas must be two numbers"),
+        ({"betas": (0.9, None)}, r"betas\[1\] must be in \[0, 1\); got None"),
         ({"betas": (1.0, 0.999)}, r"betas\[0\] must be in"),
         ({"betas": (0.9, -0.1)}, r"betas\[1\] must be in"),
         ({"eps": 0.0}, "eps must be above 0"),
@@ -553,6 +583,61 @@ def _saved(model: Model) -> io.BytesIO:
 def test_bad_settings(settings, message):
     with pytest.raises(ValueError, match=message):
         RowAdam(RowTable(3, 2).parameters(), **settings)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lr": None}, "lr must be at least 0"),
+        ({"lr": math.nan}, "lr must be at least 0"),
+        ({"betas": (0.9,)}, "betas must be two numbers"),
+        ({"maximize": True}, "RowAdam has no maximize; negate the loss"),
+        ({"mode": "lazy"}, "mode cannot change from 'dense' to 'lazy'"),
+    ],
+)
+def test_bad_settings_at_a_step(change, message):
+    model = make(OnRows)
+    model, optimizer = plain(model, optimizer_for(model), 0, 5)
+    group = optimizer.param_groups[1]
+    before = [p.detach().clone() for p in model.parameters()]
+    group.update(change)
+    with pytest.raises(ValueError, match=message):
+        optimizer.step()
+    for p, expected in zip(model.parameters(), before, strict=True):
+        assert torch.equal(p, expected)
+
+
+@pytest.mark.parametrize("later", [{"lr": -1.0}, {"mode": "lazy"}, {"maximize": True}], ids=str)
+def test_a_constructor_that_fails_changes_nothing(later):
+    model = make(OnRows)
+    wide, narrow, second = model.columns()
+    model, optimizer = plain(model, optimizer_for(model), 0, 5)
+    before = snapshot(model, optimizer)
+    with pytest.raises(ValueError):
+        RowAdam([{"params": [second]}, {"params": [wide]}, {"params": [narrow], **later}])
+    torch.testing.assert_close(snapshot(model, optimizer), before, rtol=0, atol=0)
+    plain(model, optimizer, 5, 7)
+
+
+def test_a_later_group_that_fails_changes_nothing():
+    model = make(OnRows)
+    wide, narrow, _ = model.columns()
+    optimizer = RowAdam([wide])
+    with pytest.raises(ValueError, match="need the same mode"):
+        optimizer.add_param_group({"params": [narrow], "mode": "lazy"})
+    assert len(optimizer.param_groups) == 1
+    optimizer.add_param_group({"params": [narrow]})
+
+
+@pytest.mark.parametrize("end", [optimizer_for, lambda model: model.tables[0].drop_moments()], ids=["another", "drop"])
+def test_a_row_adam_that_lost_its_table_raises(end):
+    model = make(OnRows)
+    model, optimizer = plain(model, optimizer_for(model), 0, 5)
+    owner = end(model)
+    with pytest.raises(RuntimeError, match="this RowAdam no longer trains the column range 'wide'"):
+        optimizer.step()
+    if owner:
+        plain(model, owner, 5, 7)
 
 
 def raises_and_changes_nothing(
@@ -641,3 +726,12 @@ def test_row_adam_checks_rows(rows, error, message):
     with pytest.raises(error, match=message):
         functional.row_adam_(values, last, torch.tensor(rows), torch.ones(3, 2), columns, [0.1], [0.0])
     assert torch.equal(values, torch.ones(4, 3, 2)) and columns[0].clock.steps == 0
+
+
+@pytest.mark.gpu
+def test_row_adam_checks_rows_on_a_gpu():
+    values, last = torch.ones(4, 3, 2, device="cuda"), torch.zeros(4, dtype=torch.int32, device="cuda")
+    columns = [Columns(0, 2, AdamClock(AdamHyper(0.9, 0.999, 1e-8), device="cuda"))]
+    with pytest.raises(IndexError, match=r"rows must lie in 0 \.\. 3; got 4"):
+        rows = torch.tensor([0, 4], device="cuda")
+        functional.row_adam_(values, last, rows, torch.ones(2, 2, device="cuda"), columns, [0.1], [0.0])

@@ -83,6 +83,12 @@ WRITES = {
     "foreach mul_ tensor": lambda g, h: torch._foreach_mul_([g], torch.tensor(2.5)),
     "foreach div_": lambda g, h: torch._foreach_div_([g], 2.5),
     "foreach zero_": lambda g, h: torch._foreach_zero_([g, torch.ones(2)]),
+    "clamp_": lambda g, h: g.clamp_(-0.3, 0.5),
+    "clamp_ from above": lambda g, h: g.clamp_(max=0.1),
+    "foreach clamp_": lambda g, h: (
+        torch._foreach_clamp_min_([torch.ones(2), g], -0.5),
+        torch._foreach_clamp_max_([g], 0),
+    ),
     "unscale": lambda g, h: torch._amp_foreach_non_finite_check_and_unscale_([g], torch.zeros(1), torch.tensor([0.5])),
     "through an alias": lambda g, h: g.data.mul_(2),
     "add through an alias": lambda g, h: g.detach().add_(h),
@@ -92,7 +98,9 @@ WRITES = {
 UNSUPPORTED = {
     "fill_": lambda g, h: g.fill_(1.0),
     "copy_": lambda g, h: g.copy_(torch.ones(N, C)),
-    "clamp_": lambda g, h: g.clamp_(-1, 1),
+    "clamp_ away from zero": lambda g, h: g.clamp_(0.1, 1),
+    "clamp_ below zero": lambda g, h: g.clamp_(max=-0.1),
+    "clamp_ by a tensor": lambda g, h: g.clamp_(torch.zeros(N, C)),
     "a row": lambda g, h: g.__setitem__(0, 1.0),
     "add_ dense": lambda g, h: g.add_(torch.ones(N, C)),
     "mul_ dense": lambda g, h: g.mul_(torch.ones(N, C)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -72,12 +73,26 @@ def test_bad_rows(rows, error, message):
         ({"num_rows": 0}, ValueError, "num_rows must be a positive int"),
         ({"dim": 2.0}, ValueError, "dim must be a positive int"),
         ({"columns": {"a": 1, "b": 2}}, ValueError, "columns must sum to dim=4"),
-        ({"dtype": torch.int64}, TypeError, "dtype must be a floating-point type"),
+        ({"columns": {"a": 4, "b": 0}}, ValueError, "the width of column 'b' must be a positive int; got 0"),
+        ({"columns": {"a": 5, "b": -1}}, ValueError, "the width of column 'b' must be a positive int; got -1"),
+        ({"columns": {}}, ValueError, "columns must sum to dim=4"),
+        ({"init_std": -0.1}, ValueError, "init_std of 'weight' must be a finite number, 0 or above; got -0.1"),
+        ({"init_std": float("nan")}, ValueError, "init_std of 'weight' must be a finite number, 0 or above; got nan"),
+        ({"init_std": {"a": 0.1}}, ValueError, "init_std must name the columns weight; got a"),
+        ({"dim": 20_000}, ValueError, r"dim of a RowTable must be at most 16,384.*got 20,000"),
+        ({"dtype": torch.int64}, TypeError, "dtype must be one of torch.float32"),
+        ({"dtype": torch.float8_e5m2}, TypeError, "dtype must be one of torch.float32"),
     ],
 )
 def test_bad_arguments(arguments, error, message):
     with pytest.raises(error, match=message):
         RowTable(**{"num_rows": N, "dim": DIM, **arguments})
+
+
+def test_sizes_may_be_numpys_and_wide_tables_start_at_zero():
+    table = RowTable(np.int64(N), np.int32(DIM), columns={"a": np.int8(1), "b": np.int64(3)}, init_std=np.float32(0.1))
+    assert table.weight.shape == (N, DIM)
+    assert not RowTable(2, 20_000, init_std=0.0).weight.any()
 
 
 def test_initial_values_depend_on_seed_and_row_alone():
@@ -139,6 +154,8 @@ def test_state_dict_exchanges_with_an_embedding():
     [
         ({"weight": torch.zeros(N, DIM + 1)}, r"weight: expected shape \[9, 4\], found \[9, 5\]"),
         ({}, r"Missing key.*weight"),
+        ({"weight": [[0.0] * DIM] * N}, "weight: expected a tensor, found list"),
+        ({"weight": None}, "weight: expected a tensor, found NoneType"),
         ({"weight": torch.zeros(N, DIM), "bias": torch.zeros(N)}, r"Unexpected key.*bias"),
     ],
 )
@@ -165,11 +182,12 @@ def test_another_optimizer_raises_at_the_first_forward_that_needs_gradients(kind
 def test_every_column_range_needs_a_row_adam():
     table = RowTable(N, DIM, columns={"a": 1, "b": 3})
     a, b = table.parameters()
-    RowAdam([a])
+    optimizer = RowAdam([a])
     with pytest.raises(RuntimeError, match=r"no RowAdam trains.*'b'"):
         table(torch.arange(N))
     b.requires_grad_(False)
     table(torch.arange(N)).sum().backward()
+    optimizer.step()
     assert a.grad is not None and b.grad is None
 
 
@@ -201,3 +219,110 @@ def test_drop_moments_keeps_the_values_and_starts_afresh():
 
 def test_row_adam_makes_room_for_moments():
     assert_same(*trained(moments=False)[:2])
+
+
+@pytest.mark.parametrize("columns", [None, {"a": 1, "b": 3}])
+def test_weight_is_differentiable_while_a_row_adam_trains(columns):
+    """An L2 term over all rows, tied weights: as for an embedding."""
+    table = RowTable(N, DIM, torch.float64, columns=columns)
+    embedding = nn.Embedding(N, DIM, dtype=torch.float64)
+    embedding.load_state_dict({"weight": table.weight.detach()} if columns is None else {"weight": table.weight})
+    optimizers = [RowAdam(table.parameters(), 0.1), torch.optim.AdamW(embedding.parameters(), 0.1, weight_decay=0.0)]
+    for t in range(8):
+        rows = torch.tensor([t % 3, t])
+        for module, optimizer in zip((table, embedding), optimizers, strict=True):
+            optimizer.zero_grad()
+            loss = (module(rows) @ module.weight.T).square().sum() if t % 2 else module(rows).cos().sum()
+            (loss + (module.weight.square().sum() if t > 5 else 0)).backward()
+            optimizer.step()
+    assert_same(table, embedding)
+    with torch.no_grad():
+        assert not table.weight.requires_grad
+    table.requires_grad_(False)
+    assert not table.weight.requires_grad
+
+
+def test_weight_is_the_parameter_before_a_row_adam_trains():
+    table = RowTable(N, DIM)
+    nn.init.constant_(table.weight, 3.0)
+    optimizer = RowAdam([table.weight])
+    table(torch.arange(N)).sum().backward()
+    optimizer.step()
+    assert (table.weight < 3).all()
+    with torch.no_grad():
+        table.weight.zero_()  # a copy
+    assert (table.weight > 2).all()
+
+
+def replace_data(table):
+    next(table.parameters()).data = torch.zeros(N, DIM)
+
+
+def replace_parameter(table):
+    table.weight = nn.Parameter(torch.zeros(N, DIM))
+
+
+@pytest.mark.parametrize("replace", [replace_data, replace_parameter])
+def test_foreign_memory_raises_until_assign(replace):
+    table = RowTable(N, DIM)
+    replace(table)
+    with pytest.raises(RuntimeError, match=r"'weight' of this RowTable was replaced.*table\.assign"), torch.no_grad():
+        table(torch.arange(N))
+    table.assign(torch.ones(N, DIM))
+    with torch.no_grad():
+        assert (table(torch.arange(N)) == 1).all()
+    assert table.weight is next(table.parameters()) and (table.weight == 1).all()
+
+
+def test_functional_call_raises():
+    table = RowTable(N, DIM)
+    with pytest.raises(RuntimeError, match=r"functional_call.*table\.assign"):
+        torch.func.functional_call(table, {"weight": torch.zeros(N, DIM)}, (torch.arange(N),))
+
+
+def test_meta_raises_and_changes_nothing():
+    table = RowTable(N, DIM)
+    with pytest.raises(NotImplementedError, match="a RowTable cannot move to the meta device"):
+        table.to("meta")
+    with torch.no_grad():
+        assert torch.equal(table(torch.arange(N)), table.weight)
+
+
+def test_another_optimizer_raises_once_the_row_adam_is_gone():
+    table = RowTable(N, DIM)
+    optimizer = RowAdam(table.parameters())
+    table(torch.arange(N))
+    del optimizer
+    torch.optim.SGD(table.parameters(), lr=0.1)
+    with pytest.raises(RuntimeError, match="no RowAdam trains"):
+        table(torch.arange(N))
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def test_reading_compiles_into_one_graph(fresh_compiler):
+    table = RowTable(N, DIM)
+    rows = torch.tensor([3, 0, 3])
+    read = torch.compile(table, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        assert torch.equal(read(rows), table.weight[rows])
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace")
+def test_training_compiled_equals_eager(fresh_compiler):
+    def train(wrap):
+        table = RowTable(N, DIM)
+        optimizer = RowAdam(table.parameters(), lr=0.1)
+        loss = wrap(lambda rows: torch.tanh(table(rows)).square().sum())
+        for t in range(6):
+            optimizer.zero_grad()
+            loss(torch.tensor([t % 3, N - 1 - t])).backward()
+            optimizer.step()
+        return table.weight.detach()
+
+    torch.testing.assert_close(train(lambda f: torch.compile(f, backend="aot_eager")), train(lambda f: f))
