@@ -168,17 +168,16 @@ class Trainer:
         index, x, mask = self.batch(rows)
         self.optimizer.zero_grad()
         nll, kl = self.model(index, x, mask)
-        loss = self.model.row_loss(nll, kl).mean()
-        if not torch.isfinite(loss):
+        nll_sum, kl_sum = torch.stack((nll.detach().sum(), kl.detach().sum())).tolist()
+        if not math.isfinite(nll_sum + kl_sum):
             rates = ", ".join(f"{lr:g}" for lr in self.base_lr)
             raise FloatingPointError(
                 f"training diverged at step {self.progress.step}; lower lr or row_lr (now {rates})"
             )
-        loss.backward()
+        self.model.row_loss(nll, kl).mean().backward()
         self.optimizer.step()
         progress = self.progress
-        for i, value in enumerate((nll.detach().sum(), kl.detach().sum(), len(rows))):
-            progress.sums[i] += float(value)
+        progress.sums = [total + new for total, new in zip(progress.sums, (nll_sum, kl_sum, len(rows)), strict=True)]
         progress.step += 1
 
     def set_lr(self) -> None:
