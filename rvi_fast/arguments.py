@@ -41,6 +41,7 @@ def seed(name: str, value: Any) -> None:
 
 
 def one_of(name: str, value: Any, choices: Collection[Any]) -> None:
+    value = plain(value)
     if not any(type(value) is type(choice) and value == choice for choice in choices):
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
 

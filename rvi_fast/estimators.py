@@ -111,6 +111,9 @@ class Estimator:
         """The constructor's arguments; `deep` is there for scikit-learn's clone."""
         return {name: getattr(self, name) for name in _argument_defaults(type(self))}
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, **({"_fitted_by": None} if hasattr(self, "_fitted_by") else {})}
+
     def __repr__(self) -> str:
         shown = ", ".join(f"{k}={v!r}" for k, v in self.get_params().items() if v != _argument_defaults(type(self))[k])
         return f"{type(self).__name__}({shown})"
@@ -136,13 +139,16 @@ class Estimator:
         keeps the best state. max_steps: an upper bound of the optimisation steps. callbacks: called as callback(self,
         logs) after every epoch, a true result stops. checkpoint_dir: where to save all of the training state every
         `checkpoint_every` steps (default: an epoch); resume=True goes on from there. Ctrl-C ends the fit after the
-        step at hand and leaves the model usable.
+        step at hand and leaves the model usable. A fitted model is held until the new one is done, and stays if the fit
+        fails; what a callback raises ends the fit and leaves the model as trained so far.
         """
         callbacks = self._check_fit(val_cells, max_steps, callbacks, checkpoint_dir, checkpoint_every, resume)
         data = Observations(X, mask)
         data.check()
         hidden = HiddenCells(data, val_cells, self.seed) if val_cells else None
-        statistics = ColumnStatistics.of(data, hidden)
+        statistics = ColumnStatistics.of(data)
+        if hidden is not None:
+            statistics = statistics.with_moments_of(ColumnStatistics.of(data, hidden))
         if not self.keep_empty_columns and (statistics.count == 0).any():
             column = data.column_name(int(np.argmax(statistics.count == 0)))
             raise ValueError(f"column {column} of X has nothing observed; drop it, or set keep_empty_columns=True")
@@ -155,10 +161,12 @@ class Estimator:
         before = self.__dict__
         self.__dict__ = fitted.__dict__
         try:
-            self._train(trainer, callbacks, checkpoint_dir, checkpoint_every)
-        except FloatingPointError:
+            failed_callback = self._train(trainer, callbacks, checkpoint_dir, checkpoint_every)
+        except Exception:
             self.__dict__ = before
             raise
+        if failed_callback is not None:
+            raise failed_callback
         return self
 
     def _check_fit(
@@ -239,6 +247,7 @@ class Estimator:
             self.model_ = self._make_model(num_rows, statistics).to(self.device_)
         self.n_rows_ = num_rows
         self.history_ = {}
+        self.n_steps_, self.stopped_ = 0, "running"
         self._data: Observations | None = None
         self._fitted_by: Trainer | None = None
 
@@ -268,35 +277,43 @@ class Estimator:
 
     def _train(
         self, trainer: Trainer, callbacks: list[Callable], checkpoint_dir: Any, checkpoint_every: int | None
-    ) -> None:
+    ) -> Exception | None:
+        """Train, with checkpoints; returns what a callback raised, if one did."""
         every = checkpoint_every or trainer.plan.steps_per_epoch(len(trainer.data))
         progress = trainer.progress
         self.history_ = progress.history
-        saved = -1
+        failed: list[Exception] = []
 
         def after_step(step: int) -> None:
-            nonlocal saved
             if checkpoint_dir is not None and step % every == 0:
                 io.save(self, checkpoint_dir, rows=True, trainer=trainer)
-                saved = step
 
         def after_epoch(logs: dict[str, float]) -> bool:
-            return any([callback(self, logs) for callback in callbacks])
+            try:
+                return any([callback(self, logs) for callback in callbacks])
+            except Exception as error:  # raised again when the model is in order
+                failed.append(error)
+                return True
 
         try:
             trainer.run(after_epoch, after_step, self.progress)
-            if checkpoint_dir is not None and saved != progress.step:
+            progress.stopped = "failed" if failed else progress.stopped
+            if checkpoint_dir is not None and not failed:
                 io.save(self, checkpoint_dir, rows=True, trainer=trainer)
         finally:
             trainer.restore_best()
             self.n_steps_, self.stopped_ = progress.step, progress.stopped
-        if isinstance(self.model_, RowModel) and len(empty := trainer.empty_rows()):
+        empty = trainer.empty_rows()
+        if len(empty) and isinstance(self.model_, RowModel):
             self.model_.posterior.set_prior(empty)
+        if len(empty) or trainer.hidden is not None:
+            self._fitted_by = None  # the model shown is no longer the one in training
         if progress.stopped == "interrupted":
             warnings.warn(
                 f"fit was interrupted after step {progress.step} of {trainer.total}; the model is usable as it is",
                 stacklevel=3,
             )
+        return failed[0] if failed else None
 
     # new rows
 
@@ -500,8 +517,8 @@ class Estimator:
         """The ELBO of every row's observed cells, in nats and in the model's units, float32 [N]."""
         self._check_fitted()
         post = self._posterior_of(X, mask, posterior, **infer)
-        if not post.elbo.isnan().any():
-            return post.elbo.numpy()
+        if posterior is None and X is not None:
+            return post.elbo.numpy()  # infer has just taken it
         return self._elbo(self._training_data() if X is None else self._new_rows(X, mask), post)
 
     def _elbo(self, data: Observations, posterior: Posterior) -> np.ndarray:
@@ -550,13 +567,13 @@ class Estimator:
 
     def save(self, dir: str | os.PathLike, *, rows: bool = True, optimizer: bool = False) -> None:
         """Write the model to a folder (safetensors and JSON). rows: with the training rows' parameters; optimizer: with
-        Adam's moments, from which fit(X, checkpoint_dir=dir, resume=True) goes on. X itself is never written. The
-        folder holds the old model until the new one is complete.
+        the training state, from which an unfinished fit goes on by fit(X, checkpoint_dir=dir, resume=True). X itself is
+        never written. The folder holds the old model until the new one is complete.
         """
         self._check_fitted()
         if optimizer and (self._fitted_by is None or not rows):
-            why = "rows=True" if not rows else "the fit in this process: a loaded model has no optimiser"
-            raise ValueError(f"optimizer=True needs {why}")
+            why = "rows=True" if not rows else "a fit in this process, without val_cells and rows with nothing observed"
+            raise ValueError(f"optimizer=True needs {why}; fit(checkpoint_dir=...) saves the training state of any fit")
         io.save(self, dir, rows=rows, trainer=self._fitted_by if optimizer else None)
 
     @classmethod

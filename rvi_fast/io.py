@@ -89,8 +89,8 @@ def _config(estimator: Estimator, rows: bool, trainer: Trainer | None = None) ->
         "columns": {"count": estimator.n_features_in_, "names": estimator.feature_names_in_},
         "num_rows": estimator.n_rows_ if rows else None,
         "history": estimator.history_,
-        "n_steps": getattr(estimator, "n_steps_", None),
-        "stopped": getattr(estimator, "stopped_", None),
+        "n_steps": estimator.n_steps_ if trainer is None else trainer.progress.step,
+        "stopped": estimator.stopped_ if trainer is None else trainer.progress.stopped,
         **({} if trainer is None else {"training": _training_config(estimator, trainer)}),
     }
 
@@ -204,8 +204,7 @@ def _load_model(estimator: Estimator, tensors: dict[str, Tensor], with_rows: boo
 
 
 def _training_config(estimator: Estimator, trainer: Trainer) -> dict[str, Any]:
-    progress = trainer.progress
-    config: dict[str, Any] = {"step": progress.step, "history": progress.history, "sums": progress.sums}
+    config = dataclasses.asdict(trainer.progress)
     config["plan"] = {k: v for k, v in dataclasses.asdict(trainer.plan).items() if k != "device"}
     config["data"] = trainer.data.fingerprint
     config["val_cells"] = 0.0 if trainer.hidden is None else trainer.hidden.share
@@ -246,6 +245,7 @@ def load_training_state(dir: Any, estimator: Estimator, trainer: Trainer) -> Non
     _load_model(estimator, tensors, with_rows=True)
     progress = trainer.progress
     progress.step, progress.history, progress.sums = training["step"], training["history"], training["sums"]
+    progress.stopped = training["stopped"]
     if "best" in training:
         state = {name.removeprefix("best."): t for name, t in tensors.items() if name.startswith("best.")}
         trainer.best = (training["best"]["val_mse"], training["best"]["epoch"], state)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -83,9 +84,13 @@ class Observations:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """A hash of all cells and holes and their order."""
-        place = np.arange(1, len(self) + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-        return f"{int(_mix(self.row_ids().numpy().view(np.uint64) + place).sum(dtype=np.uint64)):016x}"
+        """A hash of dtype, all observed cells and all holes."""
+        digest = hashlib.blake2b(f"{self.values.dtype} {self.values.shape}".encode(), digest_size=16)
+        for block in self.blocks():
+            values, observed = self.read(block)
+            digest.update(np.where(observed, values, values.dtype.type(0)).tobytes())
+            digest.update(np.packbits(observed).tobytes())
+        return digest.hexdigest()
 
     def row_ids(self, block: int = 1 << 14) -> Tensor:
         """A 64-bit hash of every row's float32 values and mask, int64 [N]: equal rows have equal ids anywhere."""
@@ -253,6 +258,13 @@ class ColumnStatistics:
             column = data.column_name(int(np.argmax(~np.isfinite(square))))
             raise ValueError(f"the variance of X's column {column} is beyond float64; rescale that column")
         return cls(count, mean, np.sqrt(square / np.maximum(count, 1)), low, high)
+
+    def with_moments_of(self, other: ColumnStatistics) -> ColumnStatistics:
+        """Means and standard deviations from other (fewer cells), where it has any; all else stays."""
+        spread = other.std > 0
+        return dataclasses.replace(
+            self, mean=np.where(spread, other.mean, self.mean), std=np.where(spread, other.std, self.std)
+        )
 
     def units(self, standardize: bool, fixed_scale: float = 1.0) -> ColumnUnits:
         """Zero mean and unit variance in the model if standardize, else model = user / fixed_scale."""

@@ -59,7 +59,7 @@ class Progress:
     step: int = 0
     history: dict[str, list[float]] = dataclasses.field(default_factory=dict)
     sums: list[float] = dataclasses.field(default_factory=lambda: [0.0, 0.0, 0.0])  # nll, kl, rows of this epoch
-    stopped: str = "failed"  # "completed", "early" or "interrupted" once training has ended well
+    stopped: str = "running"  # then "completed", "early", "callback", "interrupted" or "failed"
 
 
 class Trainer:
@@ -96,6 +96,8 @@ class Trainer:
         n, size = len(self.data), self.plan.batch_size
         per_epoch = self.plan.steps_per_epoch(n)
         order, order_epoch = np.empty(0, dtype=np.int64), -1
+        if self.progress.stopped == "early":
+            return
         for step in range(self.progress.step, self.total):
             epoch, position = divmod(step, per_epoch)
             if epoch != order_epoch:
@@ -118,6 +120,7 @@ class Trainer:
             unit="step",
             leave=False,
         )
+        progress.stopped = "early" if progress.stopped == "early" else "running"
         before = progress.history.get("seconds", [0.0])[-1]
         started = time.perf_counter() - before
         self.model.train()
@@ -126,18 +129,20 @@ class Trainer:
                 for rows in self.batches():
                     self.step(rows)
                     bar.update()
-                    stop = False
                     if progress.step % per_epoch == 0 or progress.step == self.total:
                         logs = self.close_epoch(time.perf_counter() - started)
                         bar.set_postfix(loss=f"{logs['loss']:.4g}")
-                        exhausted = self.exhausted(logs)
-                        stop = after_epoch(logs) or exhausted
+                        if self.exhausted(logs):
+                            progress.stopped = "early"
+                        if after_epoch(logs) and progress.stopped == "running":
+                            progress.stopped = "callback"
                     after_step(progress.step)
-                    if stop or interrupted.is_set():
-                        progress.stopped = "early" if stop else "interrupted"
+                    if interrupted.is_set() and progress.stopped == "running":
+                        progress.stopped = "interrupted"
+                    if progress.stopped != "running":
                         break
                 else:
-                    progress.stopped = "completed"
+                    progress.stopped = "completed" if progress.step == self.total else progress.stopped
         finally:
             self.optimizer.zero_grad()
             self.model.eval()

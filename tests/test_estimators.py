@@ -338,6 +338,35 @@ def test_statistics_do_not_see_hidden_cells():
     assert np.allclose(model.units_.shift, np.where(seen, X, np.nan).mean(0, where=seen))
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_hidden_cells_do_not_make_a_column_empty_or_constant(seed):
+    X = np.random.default_rng(0).normal(size=(30, 4))
+    X[2:, 1] = np.nan  # two observed cells
+    X[:, 2] = 0
+    X[4, 2] = 1  # one that differs
+    model = RVI(**{**SMALL, **RELAYS, "seed": seed}).fit(X, val_cells=0.5)
+    assert not model.units_.constant.any() and np.isfinite(model.impute()).all()
+
+
+def test_score_looks_at_the_data_it_is_given():
+    X = table()
+    model = fitted(RVI, SMALL | RELAYS, X)
+    posterior = model.infer(X, steps=5)
+    same, other = model.score(X, posterior=posterior), model.score(X + 5 * np.nanstd(X, 0), posterior=posterior)
+    assert (other < same).all() and np.abs(same - posterior.elbo.numpy()).mean() < 2
+    with pytest.raises(ValueError, match="X has 2 columns"):
+        model.score(X[:, :2], posterior=posterior)
+
+
+def test_a_fit_that_fails_midway_keeps_the_old_model(monkeypatch):
+    model = fitted(RVI, SMALL | RELAYS)
+    embedding = model.embed().copy()
+    monkeypatch.setattr("rvi_fast.train.Trainer.close_epoch", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model.fit(table(n=33))
+    assert model.n_rows_ == 50 and model.stopped_ == "completed" and np.array_equal(model.embed(), embedding)
+
+
 def test_training_does_not_see_hidden_cells():
     """Whatever stands in a hidden cell, the model comes out the same."""
     from rvi_fast.observations import HiddenCells, Observations
@@ -442,7 +471,7 @@ def test_callbacks_see_every_epoch_and_can_stop():
         return len(seen) == 2
 
     model = fitted(RVI, SMALL | RELAYS, callbacks=[callback])
-    assert seen == [(4, 1, True), (8, 2, True)] and model.stopped_ == "early" and model.n_steps_ == 8
+    assert seen == [(4, 1, True), (8, 2, True)] and model.stopped_ == "callback" and model.n_steps_ == 8
 
 
 def test_max_steps_bounds_the_work():

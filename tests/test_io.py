@@ -73,7 +73,10 @@ def test_a_model_saved_with_its_optimizer_trains_on(tmp_path):
     stopped.save(tmp_path, optimizer=True)
     resumed = RVI(**kw).fit(table(), checkpoint_dir=tmp_path, resume=True)
     assert resumed.n_steps_ == 24 and np.array_equal(resumed.embed(), whole.embed())
-    with pytest.raises(ValueError, match="optimizer=True needs the fit in this process"):
+    for other in (RVI.load(tmp_path), RVI(**kw).fit(table(), val_cells=0.2)):
+        with pytest.raises(ValueError, match="optimizer=True needs a fit in this process, without val_cells"):
+            other.save(tmp_path / "again", optimizer=True)
+    with pytest.raises(ValueError, match="optimizer=True needs a fit in this process"):
         RVI.load(tmp_path).save(tmp_path / "again", optimizer=True)
     with pytest.raises(ValueError, match="optimizer=True needs rows=True"):
         whole.save(tmp_path / "again", optimizer=True, rows=False)
@@ -103,7 +106,7 @@ class Stop(Exception):
     pass
 
 
-@pytest.mark.parametrize("every", [None, 3])
+@pytest.mark.parametrize("every", [None, 5])
 @pytest.mark.parametrize("cls, kw", KINDS)
 @pytest.mark.parametrize("val_cells", [0.0, 0.2])
 def test_a_resumed_fit_ends_with_the_same_bits(cls, kw, every, val_cells, tmp_path):
@@ -119,7 +122,7 @@ def test_a_resumed_fit_ends_with_the_same_bits(cls, kw, every, val_cells, tmp_pa
     with pytest.raises(Stop):
         first.fit(X, checkpoint_dir=tmp_path, checkpoint_every=every, callbacks=[stop], **fit)
     saved = io.read(tmp_path)[0]["training"]["step"]
-    assert saved == (9 if every else 8)
+    assert saved == (10 if every else 12)
     resumed = cls(**kw).fit(X, checkpoint_dir=tmp_path, checkpoint_every=every, resume=True, **fit)
     assert resumed.n_steps_ == whole.n_steps_ == 24
     state, expected = resumed.model_.state_dict(), whole.model_.state_dict()
@@ -134,6 +137,36 @@ def test_the_end_of_a_fit_is_a_checkpoint(tmp_path):
         folder = tmp_path / str(number)
         model = RVI(**KINDS[0][1]).fit(table(), checkpoint_dir=folder, checkpoint_every=1000, callbacks=callbacks)
         assert io.read(folder)[0]["training"]["step"] == model.n_steps_
+
+
+def test_an_early_stop_is_not_forgotten(tmp_path):
+    X, kw = (
+        np.random.default_rng(0).normal(size=(60, 8)),
+        KINDS[0][1] | {"epochs": 200, "lr": 0.03, "schedule": "constant"},
+    )
+    model = RVI(**kw).fit(X, val_cells=0.2, checkpoint_dir=tmp_path)
+    again = RVI(**kw).fit(X, val_cells=0.2, checkpoint_dir=tmp_path, resume=True)
+    assert model.stopped_ == again.stopped_ == "early" and model.history_ == again.history_
+    assert np.array_equal(model.embed(), again.embed())
+
+
+@pytest.mark.parametrize(
+    "first, second",
+    [(np.uint8, np.float32), (np.float64, np.float32)],
+    ids=["uint8, then float32", "float64, then float32"],
+)
+def test_a_run_does_not_go_on_with_other_types(first, second, tmp_path):
+    X = np.random.default_rng(0).integers(0, 9, (50, 6)).astype(first)
+    RVI(**KINDS[0][1]).fit(X, checkpoint_dir=tmp_path, max_steps=5)
+    with pytest.raises(ValueError, match="belongs to a fit with data"):
+        RVI(**KINDS[0][1]).fit(X.astype(second), checkpoint_dir=tmp_path, max_steps=5, resume=True)
+
+
+def test_a_run_does_not_go_on_with_data_that_float32_cannot_tell_apart(tmp_path):
+    X = 1e9 + np.random.default_rng(0).random((50, 6))
+    RVI(**KINDS[0][1]).fit(X, checkpoint_dir=tmp_path)
+    with pytest.raises(ValueError, match="belongs to a fit with data"):
+        RVI(**KINDS[0][1]).fit(X[::-1], checkpoint_dir=tmp_path, resume=True)
 
 
 def test_resume_without_a_checkpoint_starts_from_the_beginning(tmp_path):
