@@ -8,7 +8,7 @@ import inspect
 import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ PATIENCE = 0.2  # early stopping waits for this share of the epochs
 class Estimator:
     """What RVI, VAD and VAE share. Their own docstrings say what they are."""
 
-    row_wise: ClassVar[bool] = True  # every training row owns parameters
+    optimizer_mode: str = "dense"
 
     latent_dim: int | str
     hidden: Sequence[int] | str
@@ -112,7 +112,7 @@ class Estimator:
         return {name: getattr(self, name) for name in _argument_defaults(type(self))}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, **({"_fitted_by": None} if hasattr(self, "_fitted_by") else {})}
+        return self.__dict__ | {"_fitted_by": None}  # the optimiser and its data stay behind
 
     def __repr__(self) -> str:
         shown = ", ".join(f"{k}={v!r}" for k, v in self.get_params().items() if v != _argument_defaults(type(self))[k])
@@ -261,7 +261,7 @@ class Estimator:
         ]
 
     def _trainer(self, data: Observations, hidden: HiddenCells | None, max_steps: int | None) -> Trainer:
-        optimizer = RowAdam(self._parameter_groups(), mode=getattr(self, "optimizer_mode", "dense"))
+        optimizer = RowAdam(self._parameter_groups(), mode=self.optimizer_mode)
         plan = Plan(
             self.batch_size_,
             self.epochs_,
@@ -586,7 +586,6 @@ class RowEstimator(Estimator):
     """An estimator whose training rows own parameters: RVI and VAD."""
 
     row_lr: float | None
-    optimizer_mode: str
     log_std: float
 
     def _check_arguments(self) -> None:

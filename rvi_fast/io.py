@@ -16,10 +16,12 @@ from torch import Tensor
 
 from . import arguments, defaults, likelihoods
 from .clock import AdamClock
-from .model import RowModel
+from .model import LatentModel, RowModel
+from .nn import RowTable
 from .observations import ColumnUnits
 from .reference import AdamHyper
-from .row_store import Movement, RowStore
+from .row_store import Movement
+from .train import Progress
 
 if TYPE_CHECKING:
     from .estimators import Estimator
@@ -36,7 +38,7 @@ def save(estimator: Estimator, dir: Any, *, rows: bool, trainer: Trainer | None 
     reader, or a kill at any moment, sees the old model or the new one.
     """
     folder = make_folder(dir)
-    tensors = _model_tensors(estimator, rows)
+    tensors = _model_tensors(estimator, rows and trainer is None)
     config = _config(estimator, rows, trainer)
     if trainer is not None:
         tensors |= _training_tensors(estimator, trainer)
@@ -112,12 +114,20 @@ def _likelihood_from(config: Any) -> Any:
 
 def _model_tensors(estimator: Estimator, rows: bool) -> dict[str, Tensor]:
     model = estimator.model_
-    tensors = {f"model.{name}": t.detach().cpu() for name, t in model.state_dict().items()}
+    state = model.state_dict() if rows else _without_rows(model)
+    tensors = {f"model.{name}": t.detach().cpu() for name, t in state.items()}
     units = estimator.units_
     tensors |= {f"units.{f.name}": torch.from_numpy(getattr(units, f.name)) for f in dataclasses.fields(units)}
-    if not rows:
-        tensors = {name: t for name, t in tensors.items() if not name.startswith("model.posterior.table.")}
     return tensors
+
+
+def _without_rows(model: LatentModel) -> dict[str, Tensor]:
+    """state_dict without the table of rows, of which it would make a copy."""
+    state: dict[str, Tensor] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, RowTable):
+            module._save_to_state_dict(state, f"{name}." if name else "", keep_vars=False)
+    return state
 
 
 def has_checkpoint(dir: Any) -> bool:
@@ -177,7 +187,9 @@ def load(cls: type[Estimator], dir: Any) -> Any:
         estimator.device = "auto"
         estimator._resolve_device()
     estimator._build(config["num_rows"] or 1, None)
-    _load_model(estimator, tensors, with_rows=config["num_rows"] is not None)
+    _load_model(estimator, tensors, with_rows=config["num_rows"] is not None and "training" not in config)
+    if isinstance(estimator.model_, RowModel) and "training" in config:
+        _load_rows(estimator.model_, config["training"]["rows"], tensors)
     estimator.n_rows_ = config["num_rows"]
     estimator.history_ = config["history"]
     estimator.n_steps_, estimator.stopped_ = config["n_steps"], config["stopped"]
@@ -213,6 +225,7 @@ def _training_config(estimator: Estimator, trainer: Trainer) -> dict[str, Any]:
     if isinstance(estimator.model_, RowModel):
         store = estimator.model_.posterior.table.store
         config["rows"] = {
+            "modes": {str(i): mode for i, mode in store.modes.items()},
             "moving": {str(i): [movement.group, *movement.hyper] for i, movement in store.moving.items()},
             "steps": store.steps,
             "clocks": [[column.clock.steps, column.clock.index] for column in store.columns],
@@ -242,16 +255,14 @@ def load_training_state(dir: Any, estimator: Estimator, trainer: Trainer) -> Non
     if training is None:
         raise ValueError(f"{dir} holds a finished model, not a checkpoint; fit without resume, or into another folder")
     _check_same_run(dir, config, estimator, trainer)
-    _load_model(estimator, tensors, with_rows=True)
-    progress = trainer.progress
-    progress.step, progress.history, progress.sums = training["step"], training["history"], training["sums"]
-    progress.stopped = training["stopped"]
+    _load_model(estimator, tensors, with_rows=False)
+    trainer.progress = Progress(**{field.name: training[field.name] for field in dataclasses.fields(Progress)})
     if "best" in training:
         state = {name.removeprefix("best."): t for name, t in tensors.items() if name.startswith("best.")}
         trainer.best = (training["best"]["val_mse"], training["best"]["epoch"], state)
     _load_ordinary_moments(trainer, tensors)
     if isinstance(estimator.model_, RowModel):
-        _load_rows(estimator.model_.posterior.table.store, training["rows"], tensors)
+        _load_rows(estimator.model_, training["rows"], tensors)
 
 
 def _check_same_run(dir: Any, config: dict[str, Any], estimator: Estimator, trainer: Trainer) -> None:
@@ -268,7 +279,9 @@ def _identity(config: dict[str, Any]) -> dict[str, Any]:
     """What must be equal for a run to go on from a checkpoint."""
     params = {name: value for name, value in config["params"].items() if name not in ("progress", "device")}
     training = {name: config["training"][name] for name in ("data", "val_cells")}
-    return {"class": config["class"], "rows": config["num_rows"]} | params | config["training"]["plan"] | training
+    settled = {"class": config["class"], "rows": config["num_rows"]}
+    training["resolved settings"] = config["resolved"]
+    return settled | params | config["training"]["plan"] | training
 
 
 def _load_ordinary_moments(trainer: Trainer, tensors: dict[str, Tensor]) -> None:
@@ -281,10 +294,12 @@ def _load_ordinary_moments(trainer: Trainer, tensors: dict[str, Tensor]) -> None
             trainer.optimizer.state[p][field] = t.clone() if field == "step" else t.to(p.device)
 
 
-def _load_rows(store: RowStore, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+def _load_rows(model: RowModel, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    store = model.posterior.table.store
     store.values.copy_(tensors["rows.values"])
     store.last.copy_(tensors["rows.last"])
     moving = {int(i): Movement(int(m[0]), AdamHyper(*m[1:])) for i, m in config["moving"].items()}
+    store.modes = {int(i): mode for i, mode in config["modes"].items()}
     store.restart(moving, config["steps"])
     for number, (column, (steps, index)) in enumerate(zip(store.columns, config["clocks"], strict=True)):
         column.clock.steps, column.clock.index = steps, index

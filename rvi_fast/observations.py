@@ -92,16 +92,16 @@ class Observations:
             digest.update(np.packbits(observed).tobytes())
         return digest.hexdigest()
 
-    def row_ids(self, block: int = 1 << 14) -> Tensor:
+    def row_ids(self) -> Tensor:
         """A 64-bit hash of every row's float32 values and mask, int64 [N]: equal rows have equal ids anywhere."""
         ids = np.empty(len(self), dtype=np.uint64)
-        for start in range(0, len(self), block):
-            values, observed = self.read(slice(start, start + block))
+        for block in self.blocks():
+            values, observed = self.read(block)
             with np.errstate(over="ignore"):
                 bits = np.where(observed, values, np.nan).astype(np.float32) + np.float32(0)  # -0.0 becomes 0.0
             words = np.where(observed, bits.view(np.uint32), np.uint32(0x7FC00001)).astype(np.uint64)
             column = np.arange(1, self.num_columns + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-            ids[start : start + block] = _mix(_mix(words + column).sum(axis=1, dtype=np.uint64))
+            ids[block] = _mix(_mix(words + column).sum(axis=1, dtype=np.uint64))
         return torch.from_numpy(ids.view(np.int64))
 
     def like_container(self, values: np.ndarray) -> Any:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import dispatch, reference
+from . import arguments, dispatch, reference
 from .clock import Clock
 
 MAX_LATENTS = 4 * 4096  # the noise counter has 12 bits for latent // 4
@@ -29,7 +29,7 @@ def active_counts(groups: Sequence[int], active: int | float | Sequence[int | fl
 def _active_count(group: int, active: int | float) -> int:
     if isinstance(active, bool) or not isinstance(active, Real):
         raise TypeError(f"active must be an int (a count) or a float in (0, 1] (a share); got {active!r}")
-    if not isinstance(active, Integral):
+    if not arguments.is_int(active):
         if not 0 < active <= 1:
             raise ValueError(f"active as a float is a share in (0, 1]; got {active}")
         return max(1, int(active * group + 0.5))
@@ -40,7 +40,7 @@ def _active_count(group: int, active: int | float) -> int:
 
 def check_groups(groups: Sequence[int]) -> tuple[int, ...]:
     groups = tuple(groups)
-    if not groups or any(isinstance(k, bool) or not isinstance(k, Integral) or k < 1 for k in groups):
+    if not groups or not all(arguments.is_int(k) and k > 0 for k in groups):
         raise ValueError(
             f"groups must be one or more positive ints (relays per group), such as (25, 50, 100); got {groups}"
         )
@@ -48,7 +48,7 @@ def check_groups(groups: Sequence[int]) -> tuple[int, ...]:
 
 
 def _checked_int(name: str, value: Any, low: int | None = None, high: int | None = None) -> int:
-    if isinstance(value, bool) or not isinstance(value, Integral):
+    if not arguments.is_int(value):
         raise TypeError(f"{name} must be an int; got {value!r}")
     value = int(value)
     if low is not None and high is not None and not low <= value <= high:
@@ -287,6 +287,14 @@ def read_rows(values: Tensor, last: Tensor, rows: Tensor, columns: Sequence[Colu
     return p, m, v
 
 
+def _check_step_rows(rows: Tensor, num_rows: int) -> None:
+    """rows must lie in the table and not repeat. Ascending ones, as in a merged gradient, need no sort."""
+    ascending = rows if (rows[1:] > rows[:-1]).all() else torch.unique(rows)
+    check_rows(torch.cat((ascending[:1], ascending[-1:])).cpu(), num_rows)
+    if len(ascending) < len(rows):
+        raise ValueError("rows must not repeat within a step; sum the gradients of a repeated row first")
+
+
 def row_adam_(
     values: Tensor,
     last: Tensor,
@@ -314,10 +322,7 @@ def row_adam_(
     _check_shape("values", values, ("N", 3, "C"), sizes)
     for name, tensor, shape in (("last", last, "N"), ("rows", rows, "B"), ("grad", grad, "BC")):
         _check_shape(name, tensor, shape, sizes)
-    unique = torch.unique(rows)
-    check_rows(torch.cat((unique[:1], unique[-1:])).cpu(), values.shape[0])
-    if len(unique) < len(rows):
-        raise ValueError("rows must not repeat within a step; sum the gradients of a repeated row first")
+    _check_step_rows(rows, values.shape[0])
     p, m, v = read_rows(values, last, rows, columns)
     last_of_rows = last[rows]
     for (start, stop, clock), rate, decay in zip(columns, lr, weight_decay, strict=True):

@@ -73,11 +73,10 @@ class Trainer:
         units: ColumnUnits,
         plan: Plan,
         hidden: HiddenCells | None = None,
-        progress: Progress | None = None,
     ):
         self.model, self.optimizer, self.data, self.units = model, optimizer, data, units
         self.plan, self.hidden = plan, hidden
-        self.progress = progress or Progress()
+        self.progress = Progress()
         self.base_lr = [group["lr"] for group in optimizer.param_groups]
         self.best: tuple[float, int, dict[str, Tensor]] | None = None
         self.total = plan.total_steps(len(data))
@@ -96,8 +95,6 @@ class Trainer:
         n, size = len(self.data), self.plan.batch_size
         per_epoch = self.plan.steps_per_epoch(n)
         order, order_epoch = np.empty(0, dtype=np.int64), -1
-        if self.progress.stopped == "early":
-            return
         for step in range(self.progress.step, self.total):
             epoch, position = divmod(step, per_epoch)
             if epoch != order_epoch:
@@ -109,9 +106,11 @@ class Trainer:
         after_epoch: Callable[[dict[str, float]], bool],
         after_step: Callable[[int], None],
         show_progress: bool,
-    ) -> Progress:
+    ) -> None:
         """Train to the end of the plan, or until interrupted or told to stop."""
         progress, per_epoch = self.progress, self.plan.steps_per_epoch(len(self.data))
+        if progress.stopped == "early":
+            return
         bar = tqdm(
             total=self.total,
             initial=progress.step,
@@ -120,7 +119,7 @@ class Trainer:
             unit="step",
             leave=False,
         )
-        progress.stopped = "early" if progress.stopped == "early" else "running"
+        progress.stopped = "running"
         before = progress.history.get("seconds", [0.0])[-1]
         started = time.perf_counter() - before
         self.model.train()
@@ -142,11 +141,10 @@ class Trainer:
                     if progress.stopped != "running":
                         break
                 else:
-                    progress.stopped = "completed" if progress.step == self.total else progress.stopped
+                    progress.stopped = "completed"
         finally:
             self.optimizer.zero_grad()
             self.model.eval()
-        return progress
 
     def empty_rows(self) -> Tensor:
         """Training rows with nothing observed, int64."""
