@@ -30,18 +30,16 @@ def philox_normal_kernel(
 
 
 def philox_normal(
-    seed: int, stream: int, step: int | Tensor, row_ids: Tensor, dim: int, draw: int, dtype: torch.dtype
+    seed: int, stream: int, step: Tensor, row_ids: Tensor, dim: int, draw: int, dtype: torch.dtype
 ) -> Tensor:
     """Standard normals keyed by (seed, stream, draw, step, row id, latent): row_ids int64 [B] -> [B, dim] of dtype.
 
-    seed: its low 64 bits count. step: an int, or an int64 tensor [] on the device of row_ids, which the kernel reads:
-    a CUDA graph replays with its present value.
+    seed: its low 64 bits count. step: int64 [] on the device of row_ids, read by the kernel: a CUDA graph replays with
+    its present value.
     """
     out = torch.empty(len(row_ids), dim, dtype=dtype, device=row_ids.device)
     if out.numel() == 0:
         return out
-    if not isinstance(step, Tensor):
-        step = torch.full((), step, dtype=torch.int64, device=row_ids.device)
     blocks = min(triton.next_power_of_2(triton.cdiv(dim, 4)), TILE)
     rows = TILE // blocks
     grid = (triton.cdiv(len(row_ids), rows),)

@@ -12,7 +12,18 @@ from contextvars import ContextVar
 import torch
 
 CHOICES = ("auto", "torch", "triton")
-KERNELS = frozenset({"philox_normal"})  # ideas that have a file in kernels/
+KERNELS = frozenset(  # ideas that have a file in kernels/
+    {
+        "elbo_step",
+        "linear_masked_gaussian_nll",
+        "masked_bernoulli_nll",
+        "masked_gaussian_nll",
+        "philox_normal",
+        "read_rows",
+        "relay_sample",
+        "row_adam_",
+    }
+)
 
 
 @functools.cache
@@ -53,13 +64,35 @@ def backend(name: str) -> Iterator[None]:
         _scoped.reset(token)
 
 
-def use_triton(op: str, device: torch.device) -> bool:
-    """Whether `op` runs its Triton kernel on tensors of `device`."""
+@torch.compiler.assume_constant_result  # a compiled graph keeps the backend that it was traced with
+def use_triton(op: str, device: torch.device, unsupported: str | None = None) -> bool:
+    """Whether `op` runs its Triton kernel on tensors of `device`.
+
+    unsupported: what about the arguments the kernel cannot do, if anything ("float16 tables"). It raises where triton
+    was forced; otherwise the equations run.
+    """
     choice = get_backend()
-    if choice == "triton" and op not in KERNELS:
-        raise NotImplementedError(f"{op} has no Triton kernel; choose backend 'auto' or 'torch'")
-    if choice == "triton" and device.type == "cpu" and os.environ.get("TRITON_INTERPRET", "0") in ("", "0"):
-        raise ValueError(
-            f"backend 'triton' needs tensors on a GPU, but {op} got one on the CPU; choose 'auto' or 'torch'"
+    if choice == "torch" or (choice == "auto" and (device.type != "cuda" or op not in KERNELS or not _has_triton())):
+        return False
+    unsupported = _lacking(op, device) or unsupported
+    if unsupported and choice == "triton":
+        raise NotImplementedError(f"{op} has no Triton kernel for {unsupported}; choose backend 'auto' or 'torch'")
+    return not unsupported
+
+
+def _lacking(op: str, device: torch.device) -> str | None:
+    """What keeps any kernel of `op` from running on `device`."""
+    if op not in KERNELS:
+        return "any device"
+    if device.type == "cuda":
+        return (
+            None if _new_enough(device) else f"{torch.cuda.get_device_name(device)} (it needs compute capability 8.0)"
         )
-    return choice == "triton" or (choice == "auto" and op in KERNELS and device.type == "cuda" and _has_triton())
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        return None
+    return f"tensors on {device}"
+
+
+@functools.cache
+def _new_enough(device: torch.device) -> bool:
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)

@@ -21,7 +21,7 @@ SETUPTOOLS = PYPROJECT["tool"]["setuptools"]
 
 
 def test_every_package_folder_is_listed():
-    folders = {SETUPTOOLS["package-dir"].get(package, package) for package in SETUPTOOLS["packages"]}
+    folders = {SETUPTOOLS["package-dir"].get(package, package.replace(".", "/")) for package in SETUPTOOLS["packages"]}
     holding_python = {
         file.parent.relative_to(ROOT).as_posix()
         for top in ("rvi_fast", "kernels", "bench")

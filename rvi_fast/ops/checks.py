@@ -1,0 +1,57 @@
+"""What several operators ask of their tensors: shapes, dtypes, indices."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import arguments
+
+
+def checked_int(name: str, value: Any, low: int | None = None, high: int | None = None) -> int:
+    if not arguments.is_int(value):
+        raise TypeError(f"{name} must be an int; got {value!r}")
+    value = int(value)
+    if low is not None and high is not None and not low <= value <= high:
+        raise ValueError(f"{name} must lie in {low} .. {high}; got {value}")
+    return value
+
+
+def values_at_hand(tensor: Tensor) -> bool:
+    """Whether looking at a tensor's values costs no wait: on the CPU, and not in a graph that is being compiled."""
+    return tensor.device.type == "cpu" and tensor.numel() > 0 and not torch.compiler.is_compiling()
+
+
+def check_rows(rows: Tensor, num_rows: int, name: str = "rows") -> None:
+    """rows must be integer indices into num_rows rows. Values are checked on the CPU only: a GPU would have to wait."""
+    if not isinstance(rows, Tensor) or rows.dtype not in (torch.int64, torch.int32):
+        raise TypeError(
+            f"{name} must be an int64 tensor of row indices; got {getattr(rows, 'dtype', type(rows).__name__)}"
+        )
+    if values_at_hand(rows):
+        low, high = (int(v) for v in torch.aminmax(rows))
+        if low < 0 or high >= num_rows:
+            raise IndexError(f"{name} must lie in 0 .. {num_rows - 1}; got {low if low < 0 else high}")
+
+
+def check_shape(name: str, tensor: Tensor, shape: Sequence[int | str], sizes: dict[str, int]) -> None:
+    """Raise unless tensor has `shape`; a letter takes its size from the first tensor that has it."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a torch tensor; got {type(tensor).__name__}")
+    wanted = [sizes.setdefault(s, n) if isinstance(s, str) else s for s, n in zip(shape, tensor.shape, strict=False)]
+    if tensor.dim() != len(shape) or list(tensor.shape) != wanted:
+        expected = ", ".join(f"{s} = {sizes[s]}" if s in sizes else str(s) for s in shape)
+        raise ValueError(f"{name} must have shape [{expected}]; got {list(tensor.shape)}")
+
+
+def check_float(name: str, tensor: Tensor, like: Tensor | None = None) -> None:
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor; got {tensor.dtype}")
+    if like is not None and (tensor.dtype != like.dtype or tensor.device != like.device):
+        raise TypeError(
+            f"{name} must be {like.dtype} on {like.device} as the first argument is; "
+            f"got {tensor.dtype} on {tensor.device}"
+        )
