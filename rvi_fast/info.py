@@ -37,5 +37,5 @@ def _backend() -> str:
         if any(use_triton(op, device) for op in KERNELS):
             return f"{get_backend()} (Triton kernels for {', '.join(sorted(KERNELS))}; PyTorch for the rest)"
         return f"{get_backend()} (PyTorch on every device here)"
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, NotImplementedError) as error:
         return f"unusable: {error}"

@@ -27,6 +27,10 @@ class Likelihood(nn.Module):
         """Negative log-likelihood of the observed entries, in nats: [B, D], [B, D], bool [B, D] -> [B]."""
         raise NotImplementedError
 
+    def linear_nll(self, head: nn.Linear, h: Tensor, x: Tensor, mask: Tensor) -> Tensor:
+        """nll where head(h) is the decoder's output, h [B, H]: [B]."""
+        return self.nll(head(h), x, mask)
+
     def mean(self, xhat: Tensor) -> Tensor:
         """E[x | z] from the decoder's output."""
         raise NotImplementedError
@@ -75,8 +79,15 @@ class Gaussian(Likelihood):
             raise RuntimeError("a learned scale needs the number of columns first: call bind(num_columns)")
         return torch.sqrt(self.min_scale**2 + torch.exp(2 * self.log_scale))
 
+    def _scale_or_number(self) -> Tensor | float:
+        return self.scale() if self.learned else self.fixed  # a number need not be copied to a device
+
     def nll(self, xhat: Tensor, x: Tensor, mask: Tensor) -> Tensor:
-        return ops.masked_gaussian_nll(xhat, x, mask, self.scale())
+        return ops.masked_gaussian_nll(xhat, x, mask, self._scale_or_number())
+
+    def linear_nll(self, head: nn.Linear, h: Tensor, x: Tensor, mask: Tensor) -> Tensor:
+        scale = self._scale_or_number()
+        return ops.linear_masked_gaussian_nll(h, head.weight, head.bias, x, mask, scale)
 
     def mean(self, xhat: Tensor) -> Tensor:
         return xhat

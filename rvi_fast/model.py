@@ -31,7 +31,7 @@ class LatentModel(nn.Module):
         rows: int64 [B]; x: float32 [B, D] in the model's units; mask: bool [B, D]. Returns nll [B], kl [B].
         """
         z, kl = self.sample(rows, x, mask)
-        return self.likelihood.nll(self.decoder(z), x, mask), kl
+        return self.likelihood.linear_nll(self.decoder.head, self.decoder.features(z), x, mask), kl
 
     def row_loss(self, nll: Tensor, kl: Tensor) -> Tensor:
         """A row's negative ELBO, with the weight of its KL term."""

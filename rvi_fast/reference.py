@@ -73,14 +73,28 @@ def philox_normal(
     return pairs.flatten(1)[:, :dim]
 
 
-def permutation(seed: int, epoch: int, n: int, block: int = 1 << 16) -> Tensor:
+def permutation(seed: int, epoch: int, n: int, block: int = 1 << 16, draw: int = 0) -> Tensor:
     """The order of n rows in an epoch: int64 [n] on the CPU, the rows sorted by a keyed 63-bit word."""
     order_key = torch.empty(n, dtype=torch.int64)
     for start in range(0, n, block):
         rows = torch.arange(start, min(start + block, n))
-        words = philox_words(seed, "permutation", epoch, rows, blocks=1)[:, 0]
+        words = philox_words(seed, "permutation", epoch, rows, blocks=1, draw=draw)[:, 0]
         order_key[start : start + block] = words[:, 0] << 31 | words[:, 1] >> 1
     return torch.argsort(order_key, stable=True)
+
+
+def block_permutation(seed: int, epoch: int, n: int, block_rows: int, buffer_blocks: int) -> Tensor:
+    """The order of n rows that are read in blocks of R consecutive rows, G of them shuffled together: int64 [n].
+
+    The blocks 0 .. ceil(n / R) - 1 are permuted too, with rank(j) the place of block j. Row i is read into buffer
+    b(i) = floor(rank(floor(i / R)) / G), and the order is that of `permutation`, sorted by b: with a single buffer it
+    is `permutation` itself.
+    """
+    blocks = permutation(seed, epoch, -(-n // block_rows), draw=1)
+    buffer = torch.empty_like(blocks)
+    buffer[blocks] = torch.arange(len(blocks)) // buffer_blocks
+    order = permutation(seed, epoch, n)
+    return order[torch.argsort(buffer[order // block_rows], stable=True)]
 
 
 # --- the approximate posterior ---
@@ -107,6 +121,21 @@ def relay_weights(coef: Tensor, groups: Sequence[int], active: Sequence[int], co
     return torch.cat(kept, dim=1)
 
 
+def selected(coef: Tensor, groups: Sequence[int], active: Sequence[int]) -> Tensor:
+    """B_i of every group: coef [B, K_total] -> bool [B, K_total]."""
+    per_group = zip(coef.split(list(groups), dim=1), active, strict=True)
+    return torch.cat([select(a, n_active) for a, n_active in per_group], dim=1)
+
+
+def selected_bits(coef: Tensor, groups: Sequence[int], active: Sequence[int]) -> Tensor:
+    """The same as bits, the lowest first, every group from a byte of its own: uint8 [B, bytes]."""
+    packed = []
+    for kept in selected(coef, groups, active).split(list(groups), dim=1):
+        eights = torch.nn.functional.pad(kept, (0, -kept.shape[1] % 8)).unflatten(1, (-1, 8))
+        packed.append((eights << torch.arange(8, device=coef.device)).sum(2))
+    return torch.cat(packed, dim=1).to(torch.uint8)
+
+
 def relay_mean(
     coef: Tensor, relays: Tensor, groups: Sequence[int], active: Sequence[int], coefficients: str = "linear"
 ) -> Tensor:
@@ -125,6 +154,62 @@ def gaussian_sample(mean: Tensor, log_std: Tensor, noise: Tensor) -> Tensor:
 def gaussian_kl(mean: Tensor, log_std: Tensor) -> Tensor:
     """KL(N(mu, sigma^2) || N(0, I)), summed over latents (eq. 2, second term). [B, T], [B, T] -> [B]."""
     return (0.5 * (mean * mean + (2 * log_std).exp() - 1.0) - log_std).sum(1)
+
+
+# --- the decoder ---
+
+ACTIVATIONS = {
+    "relu": torch.relu,
+    "silu": torch.nn.functional.silu,
+    "tanh": torch.tanh,
+    "gelu": torch.nn.functional.gelu,
+}
+
+
+def mlp_decoder(z: Tensor, layers: Sequence[tuple[Tensor, Tensor]], activation: str, linear_path: bool) -> Tensor:
+    """z [B, T] -> xhat [B, D]. layers: weight [OUT, IN] and bias [OUT] of each, the head last.
+
+    With a linear path the head sees the last hidden layer's outputs and z beside them.
+    """
+    h = z
+    for weight, bias in layers[:-1]:
+        h = ACTIVATIONS[activation](h @ weight.T + bias)
+    weight, bias = layers[-1]
+    return (torch.cat((h, z), dim=1) if linear_path else h) @ weight.T + bias
+
+
+class SampleGradients(NamedTuple):
+    """Of the inputs of a sample and its KL; that of the residual is the mean's."""
+
+    coef: Tensor
+    mean: Tensor
+    log_std: Tensor
+    relays: Tensor
+    noise: Tensor
+
+
+def relay_sample_gradients(
+    by_z: Tensor,
+    by_kl: Tensor,
+    coef: Tensor,
+    mean: Tensor,
+    log_std: Tensor,
+    relays: Tensor,
+    noise: Tensor,
+    groups: Sequence[int],
+    active: Sequence[int],
+) -> SampleGradients:
+    """Gradients of sum(by_z z) + sum(by_kl KL), by_z [B, T], by_kl [B], by the rules of eqs. 2 to 6."""
+    sigma, by_kl = log_std.exp(), by_kl[:, None]
+    by_mean = by_z + by_kl * mean
+    kept = selected(coef, groups, active)
+    return SampleGradients(
+        coef=torch.where(kept, by_mean @ relays.T, 0.0),
+        mean=by_mean,
+        log_std=by_z * sigma * noise + by_kl * (sigma * sigma - 1.0),
+        relays=torch.where(kept, coef, 0.0).T @ by_mean,
+        noise=by_z * sigma,
+    )
 
 
 # --- likelihoods of the observed entries ---
@@ -154,7 +239,7 @@ def linear_masked_gaussian_nll(
     h: Tensor, weight: Tensor, bias: Tensor, x: Tensor, mask: Tensor, scale: Tensor
 ) -> Tensor:
     """masked_gaussian_nll of xhat = h W' + b. h: [B, H]; weight: [D, H]; bias: [D]. Returns [B]."""
-    return masked_gaussian_nll(h @ weight.T + bias, x, mask, scale)
+    return masked_gaussian_nll(torch.nn.functional.linear(h, weight, bias), x, mask, scale)
 
 
 # --- Adam over rows: one step, and the closed form of the steps that a row missed (docs/math.md) ---
@@ -178,6 +263,10 @@ class AdamHyper(NamedTuple):
         if rho == 0:
             return 0
         return math.ceil(math.log(1e-16 * (1 - rho)) / math.log(rho)) if rho < 1 else None
+
+    def logs(self) -> tuple[float, float]:
+        """The logarithms of both betas; -inf for 0."""
+        return _log(self.beta1), _log(self.beta2)
 
     def closed_form(self) -> bool:
         """Whether two Gauss nodes are exact enough; else every missed step is summed."""

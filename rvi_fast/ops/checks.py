@@ -55,3 +55,14 @@ def check_float(name: str, tensor: Tensor, like: Tensor | None = None) -> None:
             f"{name} must be {like.dtype} on {like.device} as the first argument is; "
             f"got {tensor.dtype} on {tensor.device}"
         )
+
+
+def check_one_device(**tensors: Tensor | None) -> None:
+    """All tensors that are given must be where the first one is."""
+    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    (first, like), *others = given.items()
+    for name, tensor in others:
+        if tensor.device != like.device:
+            raise ValueError(
+                f"{name} is on {tensor.device} but {first} is on {like.device}; move it with .to({str(like.device)!r})"
+            )

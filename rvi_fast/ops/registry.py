@@ -44,13 +44,3 @@ def operator(
 def below_autograd() -> Any:
     """The context in which an autograd.Function calls its own operator."""
     return torch._C._AutoDispatchBelowAutograd()
-
-
-def gradients_of_twin(twin: Callable[..., Any], inputs: tuple, grads: tuple, needed: tuple[bool, ...]) -> list[Any]:
-    """Gradients to the `needed` tensors among `inputs` by autograd through the twin; None for the others."""
-    leaves = [t.detach().requires_grad_() if n else t for t, n in zip(inputs, needed, strict=True)]
-    with torch.enable_grad():
-        outputs = twin(*leaves)
-    wanted = [leaf for leaf, n in zip(leaves, needed, strict=True) if n]
-    found = iter(torch.autograd.grad(outputs, wanted, grads, allow_unused=True, materialize_grads=True))
-    return [next(found) if n else None for n in needed]
