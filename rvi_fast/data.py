@@ -1,4 +1,4 @@
-"""Data sets for examples, tests and experiments: idx files, (Fashion-)MNIST, scikit-learn's tables, artificial data."""
+"""Data sets and files: idx, parquet by row groups, (Fashion-)MNIST, CMU-MOSI, scikit-learn's tables, artificial."""
 
 from __future__ import annotations
 
@@ -6,19 +6,33 @@ import gzip
 import importlib
 import math
 import os
+import zipfile
 import zlib
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["SOURCES", "artificial", "digits", "fashion_mnist", "load_idx", "load_table", "mnist"]
+__all__ = [
+    "SOURCES",
+    "ParquetRows",
+    "artificial",
+    "digits",
+    "fashion_mnist",
+    "load_idx",
+    "load_table",
+    "mnist",
+    "mosi",
+]
 
 Floats = NDArray[np.float64]
 Split = Literal["train", "test"]
 
+MODALITIES = ("text", "audio", "vision")
+MOSI_SPLITS = ("train", "valid", "test")
 IDX_DTYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 
 
@@ -45,6 +59,76 @@ def load_idx(path: str | os.PathLike[str]) -> NDArray[Any]:
     if found != expected:
         raise ValueError(f"{path} should hold {expected} bytes of data for shape {shape}, got {found}; fetch it again")
     return np.frombuffer(content, dtype, offset=start).reshape(shape).astype(dtype.newbyteorder("="))
+
+
+class ParquetRows:
+    """The numeric columns of a parquet file as rows [N, D], read by row groups: what fit takes as X for a large file.
+
+    columns: the names of those to read, default all. Cells are float32 where all columns are, else float64; null is
+    NaN. X[a:b] gives an array; one row group is kept. Raises ValueError for a column that is absent, double or not
+    numeric, and for a file that is no parquet.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], columns: Sequence[str] | None = None):
+        pyarrow = _imported("pyarrow", "reading parquet")
+        parquet = _imported("pyarrow.parquet", "reading parquet")
+        self.path = Path(path)
+        try:
+            self._file = parquet.ParquetFile(self.path)
+        except (pyarrow.ArrowInvalid, OSError) as error:
+            if not self.path.is_file():
+                raise FileNotFoundError(f"{path} is not a file; give the path of one parquet file") from None
+            raise ValueError(f"{path} is not a whole parquet file ({error})") from None
+        schema = self._file.schema_arrow
+        self.columns = list(schema.names if columns is None else columns)
+        kinds = [self._numeric_type(schema, name, pyarrow.types) for name in self.columns]
+        self._type = pyarrow.float32() if set(kinds) == {pyarrow.float32()} else pyarrow.float64()
+        self.dtype = np.dtype(self._type.to_pandas_dtype())
+        sizes = [self._file.metadata.row_group(i).num_rows for i in range(self._file.num_row_groups)]
+        self._starts = np.cumsum([0, *sizes])
+        self.shape = (int(self._starts[-1]), len(self.columns))
+        self.chunks = (max(sizes, default=1), len(self.columns))
+        self._kept: tuple[int, NDArray[Any]] | None = None
+
+    def _numeric_type(self, schema: Any, name: str, types: Any) -> Any:
+        if schema.names.count(name) != 1 or Counter(self.columns)[name] != 1:
+            found = "is not there" if name not in schema.names else "is there twice"
+            raise ValueError(f"column {name!r} of {self.path} {found}; it has {', '.join(map(repr, schema.names))}")
+        kind = schema.field(name).type
+        if not (types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind)):
+            raise ValueError(f"column {name!r} of {self.path} holds {kind}; pass columns with numeric ones only")
+        return kind
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice) -> NDArray[Any]:
+        start, stop, step = rows.indices(len(self))
+        if step != 1:
+            raise ValueError(f"ParquetRows is read by slices of step 1; got step {step}")
+        parts = [np.empty((0, len(self.columns)), self.dtype)]
+        while start < stop:
+            group = int(np.searchsorted(self._starts, start, side="right")) - 1
+            first, end = int(self._starts[group]), min(stop, int(self._starts[group + 1]))
+            parts.append(self._group(group)[start - first : end - first])
+            start = end
+        return np.concatenate(parts)
+
+    def _group(self, group: int) -> NDArray[Any]:
+        if self._kept is None or self._kept[0] != group:
+            self._kept = None  # never two at once
+            table = self._file.read_row_group(group, columns=self.columns)
+            cells = np.empty((len(table), len(self.columns)), self.dtype)
+            for number, name in enumerate(self.columns):
+                cells[:, number] = self._as_numbers(table.column(name), name)
+            self._kept = group, cells
+        return self._kept[1]
+
+    def _as_numbers(self, column: Any, name: str) -> NDArray[Any]:
+        try:
+            return column.cast(self._type).to_numpy()
+        except ValueError as error:  # pyarrow's own are ValueErrors too
+            raise ValueError(f"column {name!r} of {self.path} does not go into float64 exactly ({error})") from None
 
 
 def mnist(
@@ -126,6 +210,149 @@ def _check_split(split: str) -> None:
         raise ValueError(f'split must be "train" or "test", got {split!r}')
 
 
+def mosi(
+    path: str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]],
+    split: Literal["train", "valid", "test"] | None = None,
+    *,
+    flatten: bool = False,
+) -> tuple[NDArray[np.float32], NDArray[np.float32], list[str]]:
+    """CMU-MOSI from your own file: X float32 [N, D], sentiment float32 [N] in [-3, 3], and the segments' ids.
+
+    path: an .npz made from MMSA's aligned_50.pkl (below), or the SDK's .csd files, as {"labels": file, "text": file,
+    "audio": file, ...}; the modalities stand beside each other in X in this order. split: None takes all segments in
+    the order train, valid, test; .csd files hold no splits. By default a feature is its mean over the steps that hold
+    data: not those masked by text_bert (text alone), nor those of zeros in a whole modality (padding, or no face), nor
+    cells that are not finite; NaN where no step does. With a .csd file a segment's steps are those whose interval
+    overlaps the label's. flatten: instead of the mean every step, [N, sum over modalities of T * d], time-major, NaN
+    where there is no data; T is the longest segment's number of steps. aligned_50 has d = 768, 5, 20 and T = 50, so D
+    is 793, or 39,650 flattened.
+
+    A pickle is not read here, because that runs whatever code the file holds. Convert one that you trust:
+
+        import pickle
+        import numpy as np
+
+        keys = {"text", "audio", "vision", "text_bert", "regression_labels", "id"}
+        with open("aligned_50.pkl", "rb") as file:
+            splits = pickle.load(file)
+        arrays = {f"{s}/{key}": np.asarray(part[key]) for s, part in splits.items() for key in keys & part.keys()}
+        np.savez("aligned_50.npz", **arrays)
+
+    Raises FileNotFoundError and ValueError for files that are absent, damaged or hold something else.
+    """
+    if split not in (None, *MOSI_SPLITS):
+        raise ValueError(f"split must be None or one of {', '.join(map(repr, MOSI_SPLITS))}; got {split!r}")
+    if not isinstance(path, Mapping):
+        modalities, labels, ids = _mosi_npz(Path(path), MOSI_SPLITS if split is None else (split,))
+    elif split is None:
+        modalities, labels, ids = _mosi_csd(path)
+    else:
+        raise ValueError("split has no meaning for .csd files, which hold none; leave it out and choose rows by ids")
+    join = _all_steps if flatten else _mean_step
+    return np.concatenate([join([_holed(step) for step in m]) for m in modalities], axis=1), labels, ids
+
+
+Steps = list[NDArray[Any]]  # one [T, d] a segment
+
+
+def _holed(steps: NDArray[Any]) -> NDArray[np.float32]:
+    """[T, d] with NaN where there is no data."""
+    steps = np.where(np.isfinite(steps), steps, np.nan).astype(np.float32)
+    steps[np.all((steps == 0) | np.isnan(steps), axis=1)] = np.nan
+    return steps
+
+
+def _mean_step(segments: Steps) -> NDArray[np.float32]:
+    counts = np.stack([np.sum(~np.isnan(steps), axis=0) for steps in segments])
+    sums = np.stack([np.nansum(steps, axis=0, dtype=np.float64) for steps in segments])
+    return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan).astype(np.float32)
+
+
+def _all_steps(segments: Steps) -> NDArray[np.float32]:
+    longest = max(len(steps) for steps in segments)
+    out = np.full((len(segments), longest, segments[0].shape[1]), np.nan, dtype=np.float32)
+    for segment, steps in zip(out, segments, strict=True):
+        segment[: len(steps)] = steps
+    return out.reshape(len(segments), -1)
+
+
+def _mosi_npz(path: Path, splits: Sequence[str]) -> tuple[list[Steps], NDArray[np.float32], list[str]]:
+    if path.suffix in (".pkl", ".pickle"):
+        raise ValueError(
+            f"{path} is a pickle, and reading one runs whatever code it holds; if you trust it, convert it to .npz as "
+            "help(rvi_fast.data.mosi) shows"
+        )
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not a file; help(rvi_fast.data.mosi) shows how to make the .npz")
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{path} is not a whole .npz file; help(rvi_fast.data.mosi) shows how to make one")
+    with np.load(path, allow_pickle=False) as file:
+        parts = [_mosi_part(file, path, split) for split in splits]
+    modalities = [[steps for part in parts for steps in part[name]] for name in MODALITIES]
+    labels = np.concatenate([part["regression_labels"] for part in parts]).astype(np.float32)
+    return modalities, labels, [str(name) for part in parts for name in part["id"]]
+
+
+def _mosi_part(file: Any, path: Path, split: str) -> dict[str, NDArray[Any]]:
+    """One split's arrays, checked; text holds NaN where text_bert masks it."""
+    keys = (*MODALITIES, "regression_labels", "id", "text_bert")
+    try:
+        part = {key: file[f"{split}/{key}"] for key in keys if f"{split}/{key}" in file}
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError) as error:
+        raise ValueError(f"{path} is damaged or holds Python objects ({error}); make it again") from None
+    if absent := [key for key in keys[:-1] if key not in part]:
+        raise ValueError(f"{path} lacks {split}/{absent[0]}; help(rvi_fast.data.mosi) shows how to make the file")
+    n, mask = len(part["text"]), part.pop("text_bert", None)
+    shapes = {key: array.shape for key, array in part.items()}
+    right = all(len(shapes[name]) == 3 and part[name].dtype.kind in "fiu" for name in MODALITIES)
+    right = right and all(shape[0] == n for shape in shapes.values()) and shapes["regression_labels"] == (n,)
+    if not right or (mask is not None and mask.shape != (n, 3, shapes["text"][1])):
+        raise ValueError(f"{path} does not hold what aligned_50.pkl does: {split} has arrays of shapes {shapes}")
+    if mask is not None:
+        part["text"] = np.where(mask[:, 1, :, None] != 0, part["text"], np.nan)
+    return part
+
+
+def _mosi_csd(paths: Mapping[str, Any]) -> tuple[list[Steps], NDArray[np.float32], list[str]]:
+    if "labels" not in paths or len(paths) < 2:
+        raise ValueError(f"path must name the .csd files of labels and of a modality or more; got {', '.join(paths)}")
+    sequences = {name: _csd(Path(path)) for name, path in paths.items()}
+    labelled = sequences.pop("labels")
+    spans = [(f"{key}[{k}]", key, span) for key, (_, intervals) in labelled.items() for k, span in enumerate(intervals)]
+    modalities = []
+    for sequence in sequences.values():
+        width = next(iter(sequence.values()))[0].shape[1]
+        nothing = np.empty((0, width)), np.empty((0, 2))
+        segments = []
+        for _, key, (start, end) in spans:
+            features, intervals = sequence.get(key, nothing)
+            segments.append(features[(intervals[:, 0] < end) & (intervals[:, 1] > start)])
+        modalities.append(segments)
+    labels = np.concatenate([features[:, 0] for features, _ in labelled.values()]).astype(np.float32)
+    return modalities, labels, [name for name, _, _ in spans]
+
+
+def _csd(path: Path) -> dict[str, tuple[NDArray[Any], NDArray[Any]]]:
+    """The features [T, d] and intervals [T, 2] of every video in a computational sequence of the CMU SDK."""
+    h5py = _imported("h5py", "reading .csd files")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not a file; give the path of a .csd file")
+    try:
+        with h5py.File(path, "r") as file:
+            (root,) = file.values()
+            found = {key: (video["features"][()], video["intervals"][()]) for key, video in root["data"].items()}
+    except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not a whole .csd file of the CMU SDK ({error})") from None
+    widths = {features.shape[1:] for features, _ in found.values()}
+    if len(widths) != 1 or any(features.dtype.kind not in "fiu" for features, _ in found.values()):
+        raise ValueError(
+            f"{path} must hold numeric features [T, d] of one width, such as word vectors rather than words"
+        )
+    if any(f.ndim != 2 or intervals.shape != (len(f), 2) for f, intervals in found.values()):
+        raise ValueError(f"{path} must hold features [T, d] and intervals [T, 2] for every video")
+    return found
+
+
 def digits() -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """scikit-learn's digits: images float32 [1797, 64] in [0, 1] (8 x 8 pixels / 16) and labels int64 [1797].
 
@@ -152,6 +379,14 @@ def _sklearn_datasets() -> Any:
         return importlib.import_module("sklearn.datasets")
     except ImportError as error:
         raise ImportError("this data set comes with scikit-learn; run pip install 'rvi_fast[sklearn]'") from error
+
+
+def _imported(module: str, purpose: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        raise ImportError(f"{purpose} needs {package}; run pip install {package}") from error
 
 
 class Source(NamedTuple):

@@ -1,4 +1,4 @@
-"""What a user hands in (array, tensor, memmap, DataFrame; holes as NaN or a mask), read in batches in model units."""
+"""What a user hands in (array, tensor, DataFrame, file; holes as NaN or a mask), read in batches in model units."""
 
 from __future__ import annotations
 
@@ -14,24 +14,26 @@ import torch
 from torch import Tensor
 
 from . import masks
+from .blocks import BlockReader, is_read_by_slices, shape_and_dtype
 
 EXACT_INTEGERS = 1 << 53  # float64 holds every integer up to here
+FLOAT32_SCALES = (1e-37, 1e36)  # columns of a spread within are standardised in float32, others in float64
 CELLS_AT_ONCE = 1 << 20  # whole-data passes go in blocks of about this many cells
 
 
 class Observations:
     """X [N, D] with its observed cells. Holds the user's memory, not a copy, wherever the container allows it.
 
-    X: numpy array or memmap, torch tensor, pandas DataFrame or nested lists; bool, integer or float. mask: bool [N,
-    D], True = observed; without it NaN means missing. Raises on wrong shapes or types, infinity, and NaN under mask
-    True.
+    X: numpy array, torch tensor, pandas DataFrame, nested lists, or anything with shape, dtype and X[a:b] (np.memmap,
+    h5py, zarr), which is read in blocks; bool, integer or float. mask: bool [N, D], True = observed, in any of these;
+    without it NaN means missing. Raises on wrong shapes or types, infinity, and NaN under mask True.
     """
 
     def __init__(self, X: Any, mask: Any = None):
         self.container = X
-        self.names = [str(c) for c in X.columns] if _is_frame(X) else None
+        self.names = [str(c) for c in X.columns] if hasattr(X, "columns") else None
         self.values = _as_matrix(X, "X")
-        self.mask = None if mask is None else _as_mask(mask, self.values.shape)
+        self.mask = None if mask is None else _as_mask(mask, self.values)
 
     def __len__(self) -> int:
         return self.values.shape[0]
@@ -39,6 +41,19 @@ class Observations:
     @property
     def num_columns(self) -> int:
         return self.values.shape[1]
+
+    @property
+    def buffer(self) -> tuple[int, int] | None:
+        """Rows a block and blocks a buffer where X or mask is read in more blocks than one buffer holds; else None."""
+        for reader in self.readers[:1]:
+            if len(self) > reader.block_rows * reader.capacity:
+                return reader.block_rows, reader.capacity
+        return None
+
+    @property
+    def readers(self) -> list[BlockReader]:
+        """Those of X and mask that are read in blocks."""
+        return [reader for reader in (self.values, self.mask) if isinstance(reader, BlockReader)]
 
     def blocks(self) -> Iterator[slice]:
         size = max(1, CELLS_AT_ONCE // max(1, self.num_columns))
@@ -51,7 +66,7 @@ class Observations:
         """Cells of rows (slice or indices) as the user gave them, and which are observed: [B, D], bool [B, D]."""
         values = np.ascontiguousarray(self.values[rows])  # one order of cells, one order of sums
         if self.mask is not None:
-            return values, np.asarray(self.mask[rows])
+            return values, np.require(self.mask[rows], requirements=["C", "W"])  # torch takes no other
         if values.dtype.kind == "f":
             return values, ~np.isnan(values)
         return values, np.ones(values.shape, dtype=bool)
@@ -132,33 +147,57 @@ def _is_frame(X: Any) -> bool:
     return hasattr(X, "columns") and hasattr(X, "to_numpy")
 
 
-def _as_matrix(X: Any, name: str) -> np.ndarray:
+def _as_matrix(X: Any, name: str) -> np.ndarray | BlockReader:
     if isinstance(X, np.ma.MaskedArray):
         raise TypeError(f"{name} is a masked array; pass {name}.filled(np.nan), or {name}.data and mask=~{name}.mask")
-    if X is None or (isinstance(X, Tensor) and X.layout != torch.strided):
-        found = "None" if X is None else f"a tensor of layout {X.layout}"
-        raise TypeError(f"{name} must be a dense array, tensor or DataFrame [N, D]; got {found}")
+    if X is None:
+        raise TypeError(f"{name} must be a dense array, tensor or DataFrame [N, D]; got None")
+    if hasattr(X, "tocsr"):
+        raise TypeError(
+            f"{name} must be a dense array, tensor or DataFrame [N, D]; got a sparse one; use {name}.toarray()"
+        )
     if _is_frame(X):
         _check_frame(X)
         one_dtype = len(set(X.dtypes)) == 1 and isinstance(X.dtypes.iloc[0], np.dtype)
-        values = X.to_numpy() if one_dtype else X.to_numpy(dtype=np.float64, na_value=np.nan)
+        values = X.to_numpy() if one_dtype else _to_float64(X)
     elif isinstance(X, Tensor):
-        dense = X.detach().cpu()
-        values = (dense.float() if dense.dtype == torch.bfloat16 else dense).numpy()
+        values = _of_tensor(X, name)
+    elif is_read_by_slices(X):
+        _check_matrix(*shape_and_dtype(X, name), name)
+        return BlockReader(X, name)
     elif isinstance(X, np.ndarray):
         values = X
     else:
-        try:
-            values = np.asarray(X)
-        except ValueError as error:
-            raise ValueError(f"{name} must be rectangular, rows of equal length; {error}") from None
-    if values.dtype.kind not in "biuf" or values.dtype.itemsize > 8:
-        raise TypeError(f"{name} must hold bool, integer or float numbers of at most 64 bits; got dtype {values.dtype}")
-    if values.ndim != 2:
-        raise ValueError(f"{name} must have shape [N, D]; got {list(values.shape)}; use reshape(len(X), -1)")
-    if 0 in values.shape:
-        raise ValueError(f"{name} must have at least one row and one column; got shape {list(values.shape)}")
+        values = _of_lists(X, name)
+    _check_matrix(values.shape, values.dtype, name)
     return values
+
+
+def _of_tensor(X: Tensor, name: str) -> np.ndarray:
+    if X.layout != torch.strided or X.is_meta:
+        found = "one on the meta device, which holds no numbers" if X.is_meta else f"one of layout {X.layout}"
+        raise TypeError(f"{name} must be a dense tensor; got {found}")
+    dense = X.detach().cpu().resolve_conj().resolve_neg()
+    try:
+        return (dense.float() if dense.dtype == torch.bfloat16 else dense).numpy()
+    except TypeError:
+        raise TypeError(f"{name} must hold bool, integer or float numbers of at most 64 bits; got {X.dtype}") from None
+
+
+def _of_lists(X: Any, name: str) -> np.ndarray:
+    try:
+        return np.asarray(X)
+    except ValueError:
+        raise ValueError(f"{name} must be rectangular, rows of equal length that hold numbers") from None
+
+
+def _check_matrix(shape: tuple[int, ...], dtype: np.dtype, name: str) -> None:
+    if dtype.kind not in "biuf" or dtype.itemsize > 8:
+        raise TypeError(f"{name} must hold bool, integer or float numbers of at most 64 bits; got dtype {dtype}")
+    if len(shape) != 2:
+        raise ValueError(f"{name} must have shape [N, D]; got {list(shape)}; use reshape(len(X), -1)")
+    if 0 in shape:
+        raise ValueError(f"{name} must have at least one row and one column; got shape {list(shape)}")
 
 
 def _check_frame(X: Any) -> None:
@@ -167,13 +206,35 @@ def _check_frame(X: Any) -> None:
             raise TypeError(f"X's column {column!r} has dtype {dtype}; drop it, or encode it as numbers first")
 
 
-def _as_mask(mask: Any, shape: tuple[int, ...]) -> np.ndarray:
-    array = mask.to_numpy() if _is_frame(mask) else mask.cpu().numpy() if isinstance(mask, Tensor) else np.asarray(mask)
-    if array.dtype != bool:
-        raise TypeError(f"mask must be bool, True = observed; got dtype {array.dtype}")
-    if array.shape != shape:
-        raise ValueError(f"mask must have X's shape {list(shape)}; got {list(array.shape)}")
+def _to_float64(X: Any) -> np.ndarray:
+    """A DataFrame of several or nullable dtypes."""
+    for position, column in enumerate(X.columns):
+        values = X.iloc[:, position].dropna()
+        if values.dtype.kind in "iu" and (values.abs() > EXACT_INTEGERS).any():
+            raise ValueError(
+                f"X's column {column!r} holds integers beyond 2**53, which float64 cannot hold exactly; "
+                "rescale that column"
+            )
+    return X.to_numpy(dtype=np.float64, na_value=np.nan)
+
+
+def _as_mask(mask: Any, values: np.ndarray | BlockReader) -> np.ndarray | BlockReader:
+    if is_read_by_slices(mask):
+        _check_mask(*shape_and_dtype(mask, "mask"), values)
+        return BlockReader(mask, "mask", values if isinstance(values, BlockReader) else None)
+    if _is_frame(mask):
+        array = mask.to_numpy()
+    else:
+        array = _of_tensor(mask, "mask") if isinstance(mask, Tensor) else _of_lists(mask, "mask")
+    _check_mask(array.shape, array.dtype, values)
     return array
+
+
+def _check_mask(shape: tuple[int, ...], dtype: np.dtype, values: np.ndarray | BlockReader) -> None:
+    if dtype != np.dtype(bool):
+        raise TypeError(f"mask must be bool, True = observed; got dtype {dtype}")
+    if shape != values.shape:
+        raise ValueError(f"mask must have X's shape {list(values.shape)}; got {list(shape)}")
 
 
 class HiddenCells:
@@ -204,7 +265,9 @@ class ColumnUnits:
     def to_model(self, values: np.ndarray, observed: np.ndarray) -> tuple[Tensor, Tensor]:
         """Cells in the user's units -> float32 [B, D] in the model's, 0 where missing; and the mask, bool [B, D]."""
         exact_in_float32 = values.dtype.itemsize <= (4 if values.dtype.kind == "f" else 2)
-        wide = values.astype(np.float32 if exact_in_float32 else np.float64, copy=False)
+        low, high = FLOAT32_SCALES
+        in_float32 = exact_in_float32 and (self.scale > low).all() and (self.scale < high).all()
+        wide = values.astype(np.float32 if in_float32 else np.float64, copy=False)
         with np.errstate(over="ignore"):
             model = (wide - self.shift.astype(wide.dtype)) / self.scale.astype(wide.dtype)
             model = np.where(observed, model, 0.0).astype(np.float32)
@@ -233,6 +296,7 @@ class ColumnStatistics:
     high: np.ndarray
 
     @classmethod
+    @np.errstate(over="ignore", invalid="ignore")  # what it leads to is refused below
     def of(cls, data: Observations, hidden: HiddenCells | None = None) -> ColumnStatistics:
         """One pass over the observed cells that are not hidden: means and squared deviations of blocks, merged."""
         d = data.num_columns
@@ -268,7 +332,7 @@ class ColumnStatistics:
 
     def units(self, standardize: bool, fixed_scale: float = 1.0) -> ColumnUnits:
         """Zero mean and unit variance in the model if standardize, else model = user / fixed_scale."""
-        constant = self.low >= self.high
+        constant = (self.low >= self.high) | (self.std == 0)  # a spread may be too small for float64 to square
         if standardize:
             shift, scale = self.mean.copy(), np.where(constant, 1.0, self.std)
         else:

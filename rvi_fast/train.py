@@ -43,6 +43,7 @@ class Plan:
     seed: int
     device: torch.device
     patience: int
+    buffer: tuple[int, int] | None = None  # rows a block, blocks shuffled together; None: all rows
 
     def total_steps(self, num_rows: int) -> int:
         steps = self.epochs * self.steps_per_epoch(num_rows)
@@ -50,6 +51,21 @@ class Plan:
 
     def steps_per_epoch(self, num_rows: int) -> int:
         return -(-num_rows // self.batch_size)
+
+    def order(self, epoch: int, num_rows: int) -> np.ndarray:
+        """The rows of an epoch: a permutation keyed by (seed, epoch), block by block where the data are read so."""
+        if self.buffer is None:
+            return reference.permutation(self.seed, epoch, num_rows).numpy()
+        return reference.block_permutation(self.seed, epoch, num_rows, *self.buffer).numpy()
+
+    def validation_rows(self, num_rows: int) -> np.ndarray:
+        """At most VALIDATION_ROWS rows, spread evenly; as pieces of one buffer's blocks where the data are read so."""
+        if self.buffer is None:
+            return np.unique(np.linspace(0, num_rows - 1, min(num_rows, VALIDATION_ROWS)).astype(np.int64))
+        block_rows, blocks = self.buffer
+        starts = np.linspace(0, num_rows - 1, min(blocks, VALIDATION_ROWS)).astype(np.int64) // block_rows * block_rows
+        rows = starts[:, None] + np.arange(min(block_rows, max(1, VALIDATION_ROWS // blocks)))
+        return np.unique(rows[rows < num_rows])
 
 
 @dataclasses.dataclass
@@ -91,14 +107,14 @@ class Trainer:
         return torch.from_numpy(rows).to(device), x.to(device), mask.to(device)
 
     def batches(self) -> Iterator[np.ndarray]:
-        """The rows of each step that is still to come, by a permutation keyed by (seed, epoch)."""
+        """The rows of each step that is still to come."""
         n, size = len(self.data), self.plan.batch_size
         per_epoch = self.plan.steps_per_epoch(n)
         order, order_epoch = np.empty(0, dtype=np.int64), -1
         for step in range(self.progress.step, self.total):
             epoch, position = divmod(step, per_epoch)
             if epoch != order_epoch:
-                order, order_epoch = reference.permutation(self.plan.seed, epoch, n).numpy(), epoch
+                order, order_epoch = self.plan.order(epoch, n), epoch
             yield order[position * size : (position + 1) * size]
 
     def run(
@@ -210,8 +226,7 @@ class Trainer:
     def validate(self) -> float:
         """Mean squared error on hidden cells at the posterior mean, in the model's units."""
         assert self.hidden is not None
-        n = len(self.data)
-        rows = np.unique(np.linspace(0, n - 1, min(n, VALIDATION_ROWS)).astype(np.int64))
+        rows = self.plan.validation_rows(len(self.data))
         self.model.eval()
         total, count = 0.0, 0
         for start in range(0, len(rows), 1024):

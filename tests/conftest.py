@@ -19,6 +19,8 @@ TRITON_RUNS = importlib.util.find_spec("triton") is not None and (INTERPRETED or
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and (INTERPRETED or not torch.cuda.is_available()):
         pytest.skip("needs a GPU, and no interpreter")
+    if item.get_closest_marker("large") and "large" not in item.config.option.markexpr:
+        pytest.skip("takes minutes and 8 GB of disk; pytest -m large runs it")
     if item.get_closest_marker("triton") and not TRITON_RUNS:
         pytest.skip("needs triton and a GPU, or TRITON_INTERPRET=1")
 
