@@ -3,41 +3,95 @@
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from . import reference
+from . import dispatch, reference
 from .reference import AdamHyper, Missed
 
 # an entry is summed exactly where sqrt(v) < this * eps / c: two nodes err by more than 1e-7 there
 EPS_MEETS_GRADIENT = 10.0
 EARLY_STEPS = 250  # with the usual betas that can only happen to rows last touched this early
 TERMS_AT_ONCE = 1 << 20  # such sums go in blocks of about this many terms
+NEVER = 1 << 62  # a step number that is not reached
 
 
 class Clock(Protocol):
-    """How a table's columns move between and at the steps that touch a row."""
+    """How a table's columns move between and at the steps that touch a row.
+
+    Kernels read a clock from four tensors on the table's device, laid out as kernels/catch_up.py says; `steps` and
+    `index` mirror two of their numbers on the host.
+    """
 
     hyper: AdamHyper
     steps: int
     index: int
+    closed_form: bool  # the kernels' CLOSED_FORM
+    by_row: bool  # whether `last` counts a row's own steps
+    history: Tensor
+    counters: Tensor
+    constants: Tensor
+    rates: Tensor
 
     def next_step(self, last: Tensor) -> int | Tensor: ...
     def touched(self, last: Tensor) -> int | Tensor: ...
-    def advance(self, lr: float, weight_decay: float = 0.0) -> None: ...
+    def advance(self, lr: float | Tensor, weight_decay: float | Tensor = 0.0) -> None: ...
+    def set_rates(self, lr: float | Tensor, weight_decay: float | Tensor) -> None: ...
+    def tick(self) -> None: ...
+    def reserve(self, steps: int) -> None: ...
+    def replayed(self, steps: int) -> None: ...
+    def restore(self, steps: int, index: int, history: Tensor | None) -> None: ...
     def catch_up(self, p: Tensor, m: Tensor, v: Tensor, last: Tensor) -> tuple[Tensor, Tensor, Tensor]: ...
     def to(self, device: torch.device | str) -> None: ...
 
 
-class LazyClock:
-    """Touched rows only, as in torch's SparseAdam but with a step count for each row, kept in `last`."""
+Kind = TypeVar("Kind", bound="_OnDevice")
 
-    def __init__(self, hyper: AdamHyper, steps: int = 0):
+
+class _OnDevice:
+    """The tensors by which kernels know a clock."""
+
+    capacity = 1  # steps that the history has room for at first, and the flush
+
+    def __init__(self, hyper: AdamHyper, steps: int = 0, device: torch.device | str = "cpu"):
         self.hyper = hyper
         self.steps = steps
-        self.index = 0  # a row is never behind
+        self.index = 0
+        window = hyper.window()
+        usual = hyper.beta1 <= 0.9 and hyper.beta2 >= 0.999
+        counters = [0, steps, NEVER if window is None else window, EARLY_STEPS if usual else NEVER]
+        constants = [hyper.beta1, hyper.beta2, *hyper.logs(), hyper.eps]
+        self.history = torch.zeros(6, self.capacity, dtype=torch.float64, device=device)
+        self.counters = torch.tensor(counters, device=device)
+        self.constants = torch.tensor(constants, dtype=torch.float64, device=device)
+        self.rates = torch.zeros(2, dtype=torch.float64, device=device)
+
+    @classmethod
+    def of(cls: type[Kind], history: Tensor, counters: Tensor, constants: Tensor, rates: Tensor) -> Kind:
+        """The clock that owns these tensors, where only they are known. Waits for the device."""
+        beta1, beta2, _, _, eps = constants.tolist()
+        index, offset, _, _ = counters.tolist()
+        clock = cls(AdamHyper(beta1, beta2, eps), index + offset, history.device)
+        clock.index = index
+        clock.history, clock.counters, clock.constants, clock.rates = history, counters, constants, rates
+        return clock
+
+    def to(self, device: torch.device | str) -> None:
+        self.history, self.counters = self.history.to(device), self.counters.to(device)
+        self.constants, self.rates = self.constants.to(device), self.rates.to(device)
+
+    def set_rates(self, lr: float | Tensor, weight_decay: float | Tensor) -> None:
+        """Write the settings of the step to come where kernels read them, without waiting for the device."""
+        for rate, value in zip(self.rates, (lr, weight_decay), strict=True):
+            rate.copy_(value) if isinstance(value, Tensor) else rate.fill_(value)
+
+
+class LazyClock(_OnDevice):
+    """Touched rows only, as in torch's SparseAdam but with a step count for each row, kept in `last`."""
+
+    closed_form = by_row = True  # and index stays 0: a row is never behind
 
     def next_step(self, last: Tensor) -> Tensor:
         return last.double() + 1
@@ -45,29 +99,42 @@ class LazyClock:
     def touched(self, last: Tensor) -> Tensor:
         return last + 1
 
-    def advance(self, lr: float, weight_decay: float = 0.0) -> None:
+    def advance(self, lr: float | Tensor, weight_decay: float | Tensor = 0.0) -> None:
         self.steps += 1
+
+    def tick(self) -> None:
+        self.steps += 1
+
+    def reserve(self, steps: int) -> None:
+        """Nothing grows with the steps."""
+
+    def replayed(self, steps: int) -> None:
+        self.steps += steps
+
+    def restore(self, steps: int, index: int, history: Tensor | None) -> None:
+        self.steps = steps
 
     def catch_up(self, p: Tensor, m: Tensor, v: Tensor, last: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return p, m, v
 
-    def to(self, device: torch.device | str) -> None:
-        """Nothing to move: the counts live in the table."""
 
-
-class AdamClock:
+class AdamClock(_OnDevice):
     """Four moments a step (and decay and learning rate) of the steps since the table was last flushed.
 
     `steps` counts all steps of these columns (Adam's bias correction); `index` counts those since the flush. `history`
     is float64 [6, capacity]: F0..F3, log of the accumulated weight decay, learning rate. A row whose `last` is s has
     missed the steps s+1 .. index.
+
+    A CUDA graph that steps the table holds on to these tensors. They are replaced when the history outgrows its
+    capacity, so `reserve` room for all steps ahead of a capture, and tell `replayed` how often the graph has run.
     """
 
+    by_row = False
+    capacity = 64
+
     def __init__(self, hyper: AdamHyper, steps: int = 0, device: torch.device | str = "cpu"):
-        self.hyper = hyper
-        self.steps = steps
-        self.index = 0
-        self.history = torch.zeros(6, 64, dtype=torch.float64, device=device)
+        super().__init__(hyper, steps, device)
+        self.closed_form = hyper.closed_form()
         self._window = hyper.window()
         self._weights: Tensor | None = None  # of the steps W..1 before the present one
 
@@ -80,7 +147,7 @@ class AdamClock:
         return self.history[4]
 
     def to(self, device: torch.device | str) -> None:
-        self.history = self.history.to(device)
+        super().to(device)
         self._weights = None
 
     def next_step(self, last: Tensor) -> int:
@@ -91,17 +158,30 @@ class AdamClock:
         """What `last` becomes for rows that take part in the next step."""
         return self.index + 1
 
-    def advance(self, lr: float, weight_decay: float = 0.0) -> None:
+    def advance(self, lr: float | Tensor, weight_decay: float | Tensor = 0.0) -> None:
         """Count one step taken with `lr` and `weight_decay`."""
+        self.reserve(1)
+        if dispatch.use_triton("row_adam_", self.history.device):
+            self.set_rates(lr, weight_decay)
+            self.tick()
+            return
+        lr, weight_decay = float(lr), float(weight_decay)
         u = self.index + 1
-        self._reserve(u + 1)
         self.history[4, u] = self.history[4, u - 1] + math.log1p(-lr * weight_decay)
         self.history[5, u] = lr
-        self.index, self.steps = u, self.steps + 1
-        if self._window and self.hyper.closed_form():
+        self.counters[0] += 1
+        self.replayed(1)
+        if self._window and self.closed_form:
             first = max(0, u - self._window)
             regrow = torch.exp(self.log_decay[first:u] - self.log_decay[u])
             self.moments[:, first:u] += self._step_weights(lr)[:, first - u :] * regrow
+
+    def tick(self) -> None:
+        """Count one step taken at the rates that were set, by a kernel."""
+        from .kernels.advance import advance
+
+        advance(self.history, self.counters, self.constants, self.rates, self.closed_form)
+        self.replayed(1)
 
     def _step_weights(self, lr: float) -> Tensor:
         if self._weights is None:
@@ -111,9 +191,24 @@ class AdamClock:
         per_order = [lr / bc1 * bc2 ** (0.5 * order) for order in (1, 2, 3, 4)]
         return self._weights * torch.tensor(per_order, dtype=torch.float64, device=self.history.device)[:, None]
 
-    def _reserve(self, length: int) -> None:
-        if length > self.history.shape[1]:
-            self.history = torch.cat((self.history, torch.zeros_like(self.history)), dim=1)
+    def reserve(self, steps: int) -> None:
+        """Make room for `steps` more steps, so that the history stays where it is meanwhile."""
+        capacity = self.history.shape[1]
+        while capacity < self.index + steps + 1:
+            capacity *= 2
+        if capacity > self.history.shape[1]:
+            self.history = torch.nn.functional.pad(self.history, (0, capacity - self.history.shape[1]))
+
+    def replayed(self, steps: int) -> None:
+        """Follow, on the host, `steps` steps that the device has taken by itself."""
+        self.index, self.steps = self.index + steps, self.steps + steps
+
+    def restore(self, steps: int, index: int, history: Tensor | None) -> None:
+        """Go on from where a saved clock stood."""
+        assert history is not None
+        self.steps, self.index = steps, index
+        self.counters[0], self.counters[1] = index, steps - index
+        self.history = history.to(self.history.device)
 
     def missed(self, last: Tensor) -> Missed:
         """What rows with `last` (int [B]) need: nodes and decays, float64 [B] each."""
@@ -144,7 +239,7 @@ class AdamClock:
     def _summed(self, m: Tensor, v: Tensor, last: Tensor, missed: Missed) -> Tensor:
         """Entries for which two nodes are not exact enough, bool [B, C]."""
         behind = last < self.index
-        if not self.hyper.closed_form():
+        if not self.closed_form:
             return behind[:, None] & (m != 0)
         if self.hyper.beta1 <= 0.9 and self.hyper.beta2 >= 0.999:
             behind = behind & (last + (self.steps - self.index) < EARLY_STEPS)

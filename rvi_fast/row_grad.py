@@ -11,6 +11,17 @@ from torch import Tensor
 aten = torch.ops.aten
 
 
+def sum_repeats(rows: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """rows (int64 [n]) sorted, each once, then -1; values [n, C] summed over repeats. Does not wait for the device."""
+    rows, order = torch.sort(rows, stable=True)
+    starts = torch.ones_like(rows)
+    starts[1:] = rows[1:] != rows[:-1]
+    place = starts.cumsum(0) - 1
+    counts = torch.zeros_like(rows).index_add_(0, place, torch.ones_like(rows))
+    summed = torch.segment_reduce(values[order], "sum", lengths=counts, axis=0, unsafe=True)
+    return torch.full_like(rows, -1).scatter_(0, place, rows), summed
+
+
 class RowGrad(Tensor):
     """A gradient [N, C], zero outside `rows` (int64 [n], may repeat: repeats add up), where it is `values` [n, C].
 

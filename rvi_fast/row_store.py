@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from . import ops
-from .clock import AdamClock, LazyClock
+from .clock import AdamClock, Clock, LazyClock
 from .ops import Columns
 from .reference import AdamHyper
-from .row_grad import RowGrad
+from .row_grad import RowGrad, sum_repeats
 
 ELEMENTS_AT_ONCE = 1 << 20  # whole-table work goes in blocks of about this many numbers
 MAX_STEPS_BEHIND = (1 << 20) - 1  # then every row is brought up to date and the clocks start again
@@ -121,7 +121,21 @@ class RowStore:
         """Rows (int64 [B]) brought up to date, [B, C]. Writes nothing."""
         if self.up_to_date():
             return self.values[rows, 0]
-        return ops.read_rows(self.values, self.last, rows, self.columns)[0]
+        return ops.read_rows(self.values, self.last, rows, self.columns, moments=False)[0]
+
+    def one_clock(self) -> tuple[bool, Clock | None]:
+        """Whether one clock tells how far behind all columns are, and that clock; None if no row is behind."""
+        if self.up_to_date():
+            return True, None
+        start, stop, clock = self.columns[0]
+        return (start, stop) == (0, self.dim), clock
+
+    def row_grads(self, rows: Tensor, grad: Tensor, needed: Sequence[bool]) -> list[RowGrad | None]:
+        """The gradient [B, C] of rows as that of each column range that needs it."""
+        return [
+            RowGrad(rows, grad[:, span].contiguous().clone(), self.num_rows) if n else None
+            for span, n in zip(self.slices, needed, strict=True)
+        ]
 
     def read_all(self, which: int, index: int | None = None) -> Tensor:
         """p, m or v (which = 0, 1, 2) of every row, up to date, as a fresh tensor [N, width]."""
@@ -130,7 +144,8 @@ class RowStore:
             return self.values[:, which, span].clone()
         out = torch.empty_like(self.values[:, which, span], memory_format=torch.contiguous_format)
         for block in self.blocks():
-            out[block] = ops.read_rows(self.values, self.last, self._rows(block), self.columns)[which][:, span]
+            now = ops.read_rows(self.values, self.last, self._rows(block), self.columns, moments=which > 0)
+            out[block] = now[which][:, span]
         return out
 
     @torch.no_grad()
@@ -172,7 +187,7 @@ class RowStore:
     def _new_clock(self, index: int) -> AdamClock | LazyClock:
         hyper = self.moving[index].hyper
         if self.modes[index] == "lazy":
-            return LazyClock(hyper, self.steps[index])
+            return LazyClock(hyper, self.steps[index], self.values.device)
         return AdamClock(hyper, self.steps[index], self.values.device)
 
     def own(self, index: int, optimizer: Any) -> None:
@@ -290,16 +305,16 @@ class RowStore:
         rows, grad = self._collect_grads()
         first = [next(i for i in self.moving if self.slices[i].start == column.start) for column in self.columns]
         settings = [groups[self.moving[i].group] for i in first]
-        lr = [float(group["lr"]) for group in settings]
-        weight_decay = [float(group["weight_decay"]) for group in settings]
+        lr, weight_decay = ([group[name] for group in settings] for name in ("lr", "weight_decay"))
         ops.row_adam_(self.values, self.last, rows, grad, self.columns, lr, weight_decay)
         self.step += 1
 
     def _collect_grads(self) -> tuple[Tensor, Tensor]:
-        """The rows with a gradient, without repeats, and their gradients [B, C]."""
+        """The rows with a gradient, without repeats, and their gradients [B, C]. A GPU is not waited for."""
         grads = [cast(RowGrad, self.parameters[index].grad) for index in self.moving]
         rows = grads[0].rows
-        same_rows = all(grad.rows is rows or torch.equal(grad.rows, rows) for grad in grads)
+        at_hand = rows.device.type == "cpu"
+        same_rows = all(grad.rows is rows or (at_hand and torch.equal(grad.rows, rows)) for grad in grads)
         if not same_rows:
             rows = torch.cat([grad.rows for grad in grads])
         values = self.values.new_zeros(len(rows), self.dim)
@@ -307,6 +322,8 @@ class RowStore:
         for index, grad in zip(self.moving, grads, strict=True):
             values[start : start + len(grad.rows), self.slices[index]] = grad.values
             start += 0 if same_rows else len(grad.rows)
+        if not at_hand:
+            return sum_repeats(rows, values)
         total = RowGrad(rows, values, self.num_rows).merge_()
         return total.rows, total.values
 
@@ -327,8 +344,4 @@ class ReadRows(torch.autograd.Function):
         store: RowStore = ctx.store
         if rows is None:
             rows = torch.arange(store.num_rows, device=grad.device)
-        grads = [
-            RowGrad(rows, grad[:, span].contiguous().clone(), store.num_rows) if needed else None
-            for span, needed in zip(store.slices, ctx.needs_input_grad[2:], strict=True)
-        ]
-        return None, None, *grads
+        return None, None, *store.row_grads(rows, grad, ctx.needs_input_grad[2:])

@@ -726,12 +726,3 @@ def test_row_adam_checks_rows(rows, error, message):
     with pytest.raises(error, match=message):
         functional.row_adam_(values, last, torch.tensor(rows), torch.ones(3, 2), columns, [0.1], [0.0])
     assert torch.equal(values, torch.ones(4, 3, 2)) and columns[0].clock.steps == 0
-
-
-@pytest.mark.gpu
-def test_row_adam_checks_rows_on_a_gpu():
-    values, last = torch.ones(4, 3, 2, device="cuda"), torch.zeros(4, dtype=torch.int32, device="cuda")
-    columns = [Columns(0, 2, AdamClock(AdamHyper(0.9, 0.999, 1e-8), device="cuda"))]
-    with pytest.raises(IndexError, match=r"rows must lie in 0 \.\. 3; got 4"):
-        rows = torch.tensor([0, 4], device="cuda")
-        functional.row_adam_(values, last, rows, torch.ones(2, 2, device="cuda"), columns, [0.1], [0.0])

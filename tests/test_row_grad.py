@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rvi_fast.row_grad import RowGrad
+from rvi_fast.row_grad import RowGrad, sum_repeats
 
 N, C = 6, 3
 ROWS = {"repeats": [4, 1, 4, 0, 4], "sorted": [1, 2, 5], "empty": [], "all": [5, 4, 3, 2, 1, 0]}
@@ -150,6 +150,15 @@ def test_dense(grad):
 def test_merge_sorts_and_sums():
     grad = RowGrad(torch.tensor([4, 1, 4]), torch.tensor([[1.0], [2.0], [3.0]]), 5).merge_()
     assert grad.rows.tolist() == [1, 4] and grad.values.tolist() == [[2.0], [4.0]]
+
+
+@pytest.mark.parametrize("n", [0, 1, 7, 50])
+def test_sum_repeats_merges_without_changing_the_shape(n):
+    rows, values = torch.arange(n) ** 2 % 13, torch.randn(n, C)
+    merged, (kept, summed) = RowGrad(rows, values, 13).merge_(), sum_repeats(rows, values)
+    repeats = n - len(merged.rows)
+    assert torch.equal(kept, torch.cat((merged.rows, torch.full((repeats,), -1))))
+    assert torch.equal(summed, torch.cat((merged.values, torch.zeros(repeats, C))))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

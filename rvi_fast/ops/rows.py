@@ -8,9 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import reference
-from ..clock import Clock
+from .. import dispatch, reference
+from ..clock import AdamClock, Clock, LazyClock
 from .checks import check_rows, check_shape
+from .registry import operator
 
 
 class Columns(NamedTuple):
@@ -21,8 +22,36 @@ class Columns(NamedTuple):
     clock: Clock
 
 
-def read_rows(values: Tensor, last: Tensor, rows: Tensor, columns: Sequence[Columns]) -> tuple[Tensor, Tensor, Tensor]:
-    """p, m, v [B, C] of rows (int64 [B]), brought up to date. values [N, 3, C]; last [N] int32. Writes nothing."""
+def _use_kernel(op: str, values: Tensor) -> bool:
+    unsupported = None
+    if values.dtype not in (torch.float32, torch.float64):
+        unsupported = f"{values.dtype} tables"
+    elif values.stride(2) != 1:
+        unsupported = "tables whose columns are not next to each other"
+    return dispatch.use_triton(op, values.device, unsupported)
+
+
+def _tensors(columns: Sequence[Columns]) -> tuple[list[int], list[int], list[Tensor], list[Tensor], list[Tensor]]:
+    """Starts, stops, and of every clock history, counters and constants: how an operator is given `columns`."""
+    clocks = [column.clock for column in columns]
+    spans = [column.start for column in columns], [column.stop for column in columns]
+    return *spans, [c.history for c in clocks], [c.counters for c in clocks], [c.constants for c in clocks]
+
+
+def read_rows(
+    values: Tensor, last: Tensor, rows: Tensor, columns: Sequence[Columns], *, moments: bool = True
+) -> tuple[Tensor, ...]:
+    """p, m, v [B, C] (p alone without `moments`) of rows (int64 [B]), brought up to date, as fresh tensors.
+
+    values [N, 3, C]; last [N] int32. On a GPU, rows outside the table are NaN.
+    """
+    if _use_kernel("read_rows", values):
+        closed_form = [column.clock.closed_form for column in columns]
+        return _read_rows(values, last, rows, *_tensors(columns), closed_form, moments).unbind(0)
+    return _read_rows_twin(values, last, rows, columns)[: 3 if moments else 1]
+
+
+def _read_rows_twin(values: Tensor, last: Tensor, rows: Tensor, columns: Sequence[Columns]) -> tuple[Tensor, ...]:
     p, m, v = values[rows].unbind(1)
     last_of_rows = last[rows]
     for start, stop, clock in columns:
@@ -35,10 +64,64 @@ def read_rows(values: Tensor, last: Tensor, rows: Tensor, columns: Sequence[Colu
     return p, m, v
 
 
+def _run_read_rows(
+    values: Tensor,
+    last: Tensor,
+    rows: Tensor,
+    starts: Sequence[int],
+    stops: Sequence[int],
+    histories: Sequence[Tensor],
+    counters: Sequence[Tensor],
+    constants: Sequence[Tensor],
+    closed_form: Sequence[bool],
+    moments: bool,
+) -> Tensor:
+    if not _use_kernel("read_rows", values):
+        clocks = map(AdamClock.of, histories, counters, constants, constants)  # a read needs no rates
+        columns = [Columns(*column) for column in zip(starts, stops, clocks, strict=True)]
+        return torch.stack(_read_rows_twin(values, last, rows, columns)[: 3 if moments else 1])
+    from ..kernels.read_rows import read_rows as kernel
+
+    out = values.new_empty(3 if moments else 1, len(rows), values.shape[2])
+    if sum(stops) - sum(starts) < values.shape[2]:  # the other columns rest
+        out.copy_(values[rows, : len(out)].transpose(0, 1))
+    for start, stop, history, counts, constant, closed in zip(
+        starts, stops, histories, counters, constants, closed_form, strict=True
+    ):
+        span = slice(start, stop)
+        kernel(values[:, :, span], last, rows, history, counts, constant, closed, out[:, :, span])
+    return out
+
+
+def _fake_read_rows(
+    values: Tensor,
+    last: Tensor,
+    rows: Tensor,
+    starts: Sequence[int],
+    stops: Sequence[int],
+    histories: Sequence[Tensor],
+    counters: Sequence[Tensor],
+    constants: Sequence[Tensor],
+    closed_form: Sequence[bool],
+    moments: bool,
+) -> Tensor:
+    return values.new_empty(3 if moments else 1, len(rows), values.shape[2])
+
+
+_read_rows = operator(
+    "read_rows(Tensor values, Tensor last, Tensor rows, int[] starts, int[] stops, Tensor[] histories, "
+    "Tensor[] counters, Tensor[] constants, bool[] closed_form, bool moments) -> Tensor",
+    _run_read_rows,
+    _fake_read_rows,
+)
+
+
 def _check_step_rows(rows: Tensor, num_rows: int) -> None:
-    """rows must lie in the table and not repeat. Ascending ones, as in a merged gradient, need no sort."""
+    """rows must lie in the table and not repeat; on the CPU only. Ascending ones, as merged, need no sort."""
+    if rows.device.type != "cpu":
+        return check_rows(rows, num_rows)
     ascending = rows if (rows[1:] > rows[:-1]).all() else torch.unique(rows)
-    check_rows(torch.cat((ascending[:1], ascending[-1:])).cpu(), num_rows)
+    check_rows(torch.cat((ascending[:1], ascending[-1:])), num_rows)
     if len(ascending) < len(rows):
         raise ValueError("rows must not repeat within a step; sum the gradients of a repeated row first")
 
@@ -49,14 +132,17 @@ def row_adam_(
     rows: Tensor,
     grad: Tensor,
     columns: Sequence[Columns],
-    lr: Sequence[float],
-    weight_decay: Sequence[float],
+    lr: Sequence[float | Tensor],
+    weight_decay: Sequence[float | Tensor],
 ) -> None:
     """One AdamW step of the touched rows, in place, then of the clocks (docs/math.md).
 
     values [N, 3, C]: p, m, v of a row together; last [N] int32: the clock's reading at a row's last step; rows int64
     [B], without repeats; grad [B, C]; one lr and one weight_decay for each of `columns`. With an AdamClock, rows not
     named here follow the dense trajectory too: the clock remembers the step, and a later read catches them up.
+
+    On a GPU nothing waits for the device: rows are not checked there (those outside the table are left out), and lr
+    and weight_decay may be float64 tensors [] on it, which a CUDA graph reads anew at every replay.
 
     >>> import torch
     >>> from rvi_fast.functional import AdamClock, AdamHyper, Columns, row_adam_
@@ -71,7 +157,35 @@ def row_adam_(
     for name, tensor, shape in (("last", last, "N"), ("rows", rows, "B"), ("grad", grad, "BC")):
         check_shape(name, tensor, shape, sizes)
     _check_step_rows(rows, values.shape[0])
-    p, m, v = read_rows(values, last, rows, columns)
+    if _use_kernel("row_adam_", values):
+        clocks = [column.clock for column in columns]
+        for clock, rate, decay in zip(clocks, lr, weight_decay, strict=True):
+            clock.reserve(1)
+            clock.set_rates(rate, decay)
+        rates, closed_form = [clock.rates for clock in clocks], [clock.closed_form for clock in clocks]
+        _row_adam_(values, last, rows, grad, *_tensors(columns), rates, closed_form, clocks[0].by_row)
+        for clock in clocks:
+            clock.tick()
+        return
+    if rows.device.type != "cpu":
+        inside = (rows >= 0) & (rows < values.shape[0])
+        rows, grad = rows[inside], grad[inside]
+    numbers = [float(rate) for rate in lr], [float(decay) for decay in weight_decay]
+    _row_adam_twin(values, last, rows, grad, columns, *numbers)
+    for (_, _, clock), rate, decay in zip(columns, *numbers, strict=True):
+        clock.advance(rate, decay)
+
+
+def _row_adam_twin(
+    values: Tensor,
+    last: Tensor,
+    rows: Tensor,
+    grad: Tensor,
+    columns: Sequence[Columns],
+    lr: Sequence[float],
+    weight_decay: Sequence[float],
+) -> None:
+    p, m, v = _read_rows_twin(values, last, rows, columns)
     last_of_rows = last[rows]
     for (start, stop, clock), rate, decay in zip(columns, lr, weight_decay, strict=True):
         span = slice(start, stop)
@@ -80,5 +194,57 @@ def row_adam_(
         )
     values[rows] = torch.stack((p, m, v), dim=1)
     last[rows] = columns[0].clock.touched(last_of_rows)
-    for (_, _, clock), rate, decay in zip(columns, lr, weight_decay, strict=True):
-        clock.advance(rate, decay)
+
+
+def _run_row_adam(
+    values: Tensor,
+    last: Tensor,
+    rows: Tensor,
+    grad: Tensor,
+    starts: Sequence[int],
+    stops: Sequence[int],
+    histories: Sequence[Tensor],
+    counters: Sequence[Tensor],
+    constants: Sequence[Tensor],
+    rates: Sequence[Tensor],
+    closed_form: Sequence[bool],
+    by_row: bool,
+) -> None:
+    if not _use_kernel("row_adam_", values):
+        tensors = zip(histories, counters, constants, rates, strict=True)
+        clocks: list[Clock] = [LazyClock.of(*t) if by_row else AdamClock.of(*t) for t in tensors]
+        columns = [Columns(*column) for column in zip(starts, stops, clocks, strict=True)]
+        lr, weight_decay = torch.stack(tuple(rates), dim=1).tolist()
+        return _row_adam_twin(values, last, rows, grad, columns, lr, weight_decay)
+    from ..kernels.row_adam_ import row_adam_ as kernel
+
+    for start, stop, history, counts, constant, rate, closed in zip(
+        starts, stops, histories, counters, constants, rates, closed_form, strict=True
+    ):
+        clock, touch = (history, counts, constant, rate), start == starts[-1]
+        kernel(values[:, :, start:stop], last, rows, grad[:, start:stop], *clock, closed, by_row, touch)
+
+
+def _fake_row_adam(
+    values: Tensor,
+    last: Tensor,
+    rows: Tensor,
+    grad: Tensor,
+    starts: Sequence[int],
+    stops: Sequence[int],
+    histories: Sequence[Tensor],
+    counters: Sequence[Tensor],
+    constants: Sequence[Tensor],
+    rates: Sequence[Tensor],
+    closed_form: Sequence[bool],
+    by_row: bool,
+) -> None:
+    """It returns nothing."""
+
+
+_row_adam_ = operator(
+    "row_adam_(Tensor(a!) values, Tensor(b!) last, Tensor rows, Tensor grad, int[] starts, int[] stops, "
+    "Tensor[] histories, Tensor[] counters, Tensor[] constants, Tensor[] rates, bool[] closed_form, bool by_row) -> ()",
+    _run_row_adam,
+    _fake_row_adam,
+)
