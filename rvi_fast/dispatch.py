@@ -64,7 +64,6 @@ def backend(name: str) -> Iterator[None]:
         _scoped.reset(token)
 
 
-@torch.compiler.assume_constant_result  # a compiled graph keeps the backend that it was traced with
 def use_triton(op: str, device: torch.device, unsupported: str | None = None) -> bool:
     """Whether `op` runs its Triton kernel on tensors of `device`.
 
@@ -96,3 +95,8 @@ def _lacking(op: str, device: torch.device) -> str | None:
 @functools.cache
 def _new_enough(device: torch.device) -> bool:
     return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+# A compiled graph keeps the backend that it was traced with. torch.compiler.assume_constant_result does just this, but
+# imports torch._dynamo, and with it triton, at every `import rvi_fast`.
+use_triton._dynamo_marked_constant = True  # type: ignore[attr-defined]
