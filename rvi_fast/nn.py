@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from . import arguments, ops
+from .clock import Clock
 from .row_store import ReadRows, RowStore
 
 ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU, "tanh": nn.Tanh, "gelu": nn.GELU}
@@ -105,16 +107,21 @@ class RowTable(nn.Module):
 
     def forward(self, rows: Tensor) -> Tensor:
         """rows: int64, any shape [...], in 0 .. num_rows - 1. Returns [..., dim], up to date."""
-        ops.check_rows(rows, self.num_rows)
+        self.check_read(rows)
         flat = rows.reshape(-1).long()
-        if not torch.compiler.is_compiling():
-            self._check_memory()
         if self._needs_grad():
-            self._check_optimizer()
             values = ReadRows.apply(self.store, flat, *self.store.parameters)
         else:
             values = self.store.read(flat)
         return values.view(*rows.shape, self.dim)
+
+    def check_read(self, rows: Tensor) -> None:
+        """Raise unless rows can be read as they are, and trained if their gradient is wanted."""
+        ops.check_rows(rows, self.num_rows)
+        if not torch.compiler.is_compiling():
+            self._check_memory()
+        if self._needs_grad():
+            self._check_optimizer()
 
     def _needs_grad(self) -> bool:
         return torch.is_grad_enabled() and any(p.requires_grad for p in self.store.parameters)
@@ -255,10 +262,13 @@ class _RowPosterior(nn.Module):
         )
 
     def _read(self, rows: Tensor) -> Tensor:
-        values = self.table(rows)
+        self._check_rows(rows)
+        return self.table(rows)
+
+    def _check_rows(self, rows: Tensor) -> None:
+        ops.check_rows(rows, self.num_rows)
         if rows.dim() != 1:
             raise ValueError(f"rows must have shape [B]; got {list(rows.shape)}")
-        return values
 
     def noise(
         self, row_ids: Tensor, stream: str, step: int | Tensor, *, seed: int | None = None, draw: int = 0
@@ -321,6 +331,48 @@ class _RowPosterior(nn.Module):
         return torch.distributions.Normal(self.mean_of(values), self.log_std_of(values).exp())
 
 
+class SampleRows(torch.autograd.Function):
+    """z and KL straight from a posterior's table in one launch, with gradients that hold the batch's rows alone."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        posterior: RelayPosterior,
+        clock: Clock | None,
+        rows: Tensor,
+        draw: tuple[int, int | Tensor, bool],  # seed, step, whether to sample
+        relays: Tensor,
+        *parameters: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        store, model = posterior.table.store, (posterior.groups, posterior.active)
+        z, kl, sampled = ops.relay_sample_rows(store.values, store.last, rows, clock, relays, *model, *draw)
+        ctx.save_for_backward(relays, *sampled)
+        ctx.store, ctx.model, ctx.draw = store, model, draw
+        ctx.set_materialize_grads(False)
+        return z, kl
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_z: Tensor | None, grad_kl: Tensor | None) -> Any:  # type: ignore[override]
+        relays, *sampled = ctx.saved_tensors
+        seed, _, sample = ctx.draw
+        needs_relays, *needs_rows = ctx.needs_input_grad[4:]
+        by_rows, by_relays = ops.relay_sample_rows_backward(
+            grad_z,
+            grad_kl,
+            ops.SampledRows(*sampled),
+            relays,
+            *ctx.model,
+            seed,
+            sample,
+            (any(needs_rows), needs_relays),
+        )
+        by_columns = [None] * len(needs_rows)
+        if by_rows is not None:
+            by_columns = ctx.store.row_grads(sampled[0], by_rows, needs_rows)
+        return None, None, None, None, by_relays, *by_columns
+
+
 class RelayPosterior(_RowPosterior):
     """q(z|x_i) = N(mu_i, diag(sigma_i^2)) with mu_i = sum of a_ik r_k over the selected relays + e_i (eqs. 3 to 5).
 
@@ -363,6 +415,24 @@ class RelayPosterior(_RowPosterior):
         table.store.values[:, 0, table.store.slices[2]] = self.init_log_std
         relays = ops.philox_normal(seed, "init", 0, torch.arange(num_relays), latent_dim, draw=DRAW_RELAYS)
         self.relays = nn.Parameter((relay_std * relays).to(table.store.values.dtype))
+
+    def forward(
+        self, rows: Tensor, *, sample: bool | None = None, seed: int | None = None, step: int | Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        store = self.table.store
+        alike, clock = store.one_clock()
+        if not (alike and ops.samples_in_one_launch(store.values, self.coefficients)):
+            return super().forward(rows, sample=sample, seed=seed, step=step)
+        self._check_rows(rows)
+        self.table.check_read(rows)
+        draw = (
+            self.seed if seed is None else seed,
+            self.step if step is None else step,
+            self.training if sample is None else sample,
+        )
+        return SampleRows.apply(self, clock, rows.long(), draw, self.relays, *store.parameters)
+
+    forward.__doc__ = _RowPosterior.forward.__doc__
 
     def _sample(self, values: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
         coef, residual, log_std = (values[:, span] for span in self.table.store.slices)
