@@ -194,3 +194,16 @@ def test_offsets_pass_31_bits():
     ids = torch.arange(2**31 // 64 + 100, device="cuda")
     last = philox_normal(1, "train", 0, ids, 64)[-100:]
     assert torch.equal(last, philox_normal(1, "train", 0, ids[-100:], 64))
+
+
+def test_opcheck(device):
+    step = torch.tensor(3, device=device)
+    arguments = -5, reference.STREAMS["train"], step, row_ids(device), 7, 2, torch.float32
+    torch.library.opcheck(torch.ops.rvi_fast.philox_normal.default, arguments)
+
+
+def test_compiles_into_one_graph(device):
+    torch.compiler.reset()  # a graph keeps the backend that it was traced with
+    compiled = torch.compile(philox_normal, fullgraph=True, backend="aot_eager")
+    arguments = 0, "train", torch.tensor(3, device=device), row_ids(device), 7
+    assert torch.equal(compiled(*arguments), philox_normal(*arguments))

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import rvi_fast
 from rvi_fast.functional import philox_normal, relay_mean
 from rvi_fast.nn import MeanFieldPosterior, RelayPosterior
 from rvi_fast.optim import RowAdam
@@ -24,6 +25,9 @@ KINDS = {
 Posterior = RelayPosterior | MeanFieldPosterior
 
 
+with_kernels = pytest.mark.parametrize("device", [pytest.param("triton", marks=pytest.mark.triton)], indirect=True)
+
+
 @pytest.fixture(params=KINDS)
 def make(request):
     return KINDS[request.param]
@@ -33,7 +37,7 @@ def train(posterior: Posterior, steps: int = 4) -> RowAdam:
     """A few steps that touch some rows only, so that others are behind."""
     optimizer = RowAdam(posterior.parameters(), lr=0.1)
     for t in range(steps):
-        step(posterior, optimizer, torch.tensor([t, 0, t + 3]))
+        step(posterior, optimizer, torch.tensor([t, 0, t + 3], device=posterior.step.device))
     return optimizer
 
 
@@ -236,3 +240,36 @@ def test_bad_settings(settings, error, message):
 def test_bad_rows(make, rows, error, message):
     with pytest.raises(error, match=message), torch.no_grad():
         make()(rows)
+
+
+@with_kernels
+@pytest.mark.parametrize("settings", [{}, {"active": 1}, {"active": 1.0, "groups": (1,)}], ids=str)
+def test_trains_alike_with_kernels(device, settings):
+    """With its columns under one clock and under two, read in one launch and in two."""
+    for ranges in (1, 2):
+        losses, tables = [], []
+        for backend in ("torch", rvi_fast.get_backend()):
+            posterior = KINDS["relay"](**settings, dtype=torch.float64).to(device)
+            relays, *rows = posterior.relays, *posterior.table.parameters()
+            groups = [{"params": [relays, *rows[:ranges]]}, {"params": rows[ranges:], "lr": 0.05}]
+            if ranges == 1:
+                groups = [{"params": [relays, *rows]}]
+            with rvi_fast.backend(backend):
+                optimizer = RowAdam(groups, lr=0.1)
+                batches = [torch.tensor([t, 0, t + 3], device=device) for t in range(5)]
+                losses.append(torch.stack([step(posterior, optimizer, rows) for rows in batches]))
+                tables.append(torch.cat((posterior.table.weight.detach().flatten(), relays.detach().flatten())))
+        torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)  # normals of two backends differ by 2e-6
+        torch.testing.assert_close(*tables, rtol=1e-4, atol=1e-5)
+
+
+@with_kernels
+def test_a_table_is_read_in_one_launch(device, monkeypatch):
+    posterior = KINDS["relay"]().to(device)
+    optimizer = train(posterior)
+    assert not posterior.table.store.up_to_date()
+    monkeypatch.setattr(type(posterior.table), "forward", None)  # would be called to read the rows first
+    z, kl = posterior(torch.tensor([2, 9], device=device))
+    z.sum().backward()
+    optimizer.step()
+    assert z.isfinite().all() and kl.isfinite().all()
