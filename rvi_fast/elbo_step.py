@@ -1,0 +1,230 @@
+"""ElboStep: a model's whole training step in two launches, for models with relays and an MLP decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from .clock import Clock
+from .likelihoods import Bernoulli, Gaussian
+from .model import RowModel
+from .nn import ACTIVATIONS, MLPDecoder, RelayPosterior
+from .ops.elbo import Batch, ElboModel, RowState, SharedState, elbo_step_, shared_views, unsupported
+from .optim import RowAdam
+from .reference import AdamHyper
+from .row_store import MAX_STEPS_BEHIND, Movement
+
+
+class ElboStep:
+    """Trains `model` as RowAdam's step() after a backward of the mean of model.row_loss would, in two launches.
+
+    The parameters that rows share move into one buffer [3, P], with their Adam moments; the model's parameters and
+    the optimiser's state are views of it from then on, so that both can be used and saved as before. Whatever
+    replaces these (model.to, optimizer.load_state_dict) asks for a new ElboStep.
+
+    A step waits for nothing and takes its learning rates from the device, so that a CUDA graph can hold it:
+    `make_room` for the steps ahead of the capture, `set_rates` before each replay, and tell `replayed` of them.
+    """
+
+    def __init__(self, model: RowModel, optimizer: RowAdam):
+        reason = self.supports(model, optimizer)
+        if reason:
+            raise ValueError(f"ElboStep cannot train this model: {reason}; train it with model(...) and RowAdam.step()")
+        self.model, self.optimizer = model, optimizer
+        self.store = cast(RelayPosterior, model.posterior).table.store
+        self.form = _form(model)
+        self.parameters = list(_shared_parameters(model))
+        groups = _groups_by_parameter(optimizer)
+        self.groups = [groups[id(self.store.parameters[0])], groups[id(self.parameters[0])]]
+        self.groups.append(groups[id(self.parameters[-1])])  # of a learned scale, or as the others
+        self.shared = self._pack()
+        self.rates: list[tuple[float, float]] = []  # as written to the device, for the clock `rated`
+        self.rated: Clock | None = None
+        self.counts: dict[int, Tensor] = {}  # batch sizes seen, on the device
+        self._start_table()
+        self.set_rates()
+
+    @staticmethod
+    def supports(model: nn.Module, optimizer: RowAdam | None = None) -> str | None:
+        """What keeps ElboStep from training this model, or None."""
+        return _model_reason(model) or (None if optimizer is None else _optimizer_reason(model, optimizer))
+
+    def _pack(self) -> SharedState:
+        """Move the shared parameters and their moments into one buffer."""
+        like, settings = self.parameters[0], self.optimizer.param_groups[self.groups[1]]
+        weights = like.new_zeros(3, sum(p.numel() for p in self.parameters))
+        steps = torch.zeros(len(self.parameters), device=like.device)
+        shapes = [tuple(p.shape) for p in self.parameters]
+        views = zip(*(shared_views(block, shapes) for block in weights), strict=True)
+        for number, (parameter, (p, m, v)) in enumerate(zip(self.parameters, views, strict=True)):
+            state = self.optimizer.state[parameter]
+            if state:
+                m.copy_(state["exp_avg"])
+                v.copy_(state["exp_avg_sq"])
+                steps[number] = float(state["step"])
+            p.copy_(parameter.detach())
+            parameter.data = p
+            state.update(step=steps[number], exp_avg=m, exp_avg_sq=v)
+        hyper = _hyper(settings)
+        second = weights.shape[1] - (self.parameters[-1].numel() if self.form.learned else 0)
+        constants = torch.tensor([*hyper[:2], *hyper.logs(), hyper.eps], dtype=torch.float64, device=like.device)
+        rates = torch.zeros(2, 2, dtype=torch.float64, device=like.device)
+        loss = torch.zeros(2, 3, dtype=torch.float64, device=like.device)
+        return SharedState(weights, constants, rates, steps, second, loss)
+
+    def _start_table(self) -> None:
+        """Let all columns of the table move by one clock."""
+        hyper = _hyper(self.optimizer.param_groups[self.groups[0]])
+        moving = {index: Movement(self.groups[0], hyper) for index in range(len(self.store.names))}
+        if self.store.moving != moving or len(self.store.columns) != 1:
+            self.store.flush()
+            self.store.restart(moving, self.store.steps)
+
+    def make_room(self, steps: int) -> None:
+        """Make ready for `steps` steps, without which their memory may move under a CUDA graph that was captured."""
+        if self.clock.index + steps > MAX_STEPS_BEHIND:
+            self.store.flush()
+        self.clock.reserve(steps)
+
+    def set_rates(self) -> None:
+        """Write lr and weight_decay of the optimiser's groups where the step to come reads them."""
+        settings = [self.optimizer.param_groups[group] for group in self.groups]
+        rates = [(float(group["lr"]), float(group["weight_decay"])) for group in settings]
+        if rates != self.rates or self.clock is not self.rated:
+            self.rates, self.rated = rates, self.clock
+            self.clock.set_rates(*rates[0])
+            for at, value in zip(self.shared.rates.view(-1), (*rates[1], *rates[2]), strict=True):
+                at.fill_(value)
+
+    def replayed(self, steps: int) -> None:
+        """Follow, on the host, `steps` steps that a CUDA graph has taken."""
+        self.clock.replayed(steps)
+
+    @property
+    def clock(self) -> Clock:
+        return self.store.columns[0].clock
+
+    @property
+    def sums(self) -> Tensor:
+        """nll, kl and rows of all steps since the caller last zeroed them, float64 [3]."""
+        return self.shared.loss[1]
+
+    def step(
+        self,
+        rows: Tensor,
+        x: Tensor,
+        mask: Tensor | None = None,
+        *,
+        count: Tensor | None = None,
+        x_scale: float = 1.0,
+        gathered: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """One step on rows (int64 [B], without repeats). Returns the batch's sums of nll and kl, float64 [], which the
+        next step overwrites.
+
+        x [N, D], of any dtype, is read at `rows` and multiplied by x_scale; `gathered`: x [B, D] holds the batch alone.
+        mask: bool, or its bits (uint8 [.., ceil(D / 8)]), or None for NaN in x. count: int64 [], how many of `rows` are
+        there; they come first.
+        """
+        self._check_memory()
+        self.make_room(1)
+        self.set_rates()
+        if count is None:
+            count = self._count(len(rows))
+        batch = Batch(rows, count, x, mask, float(x_scale), gathered)
+        elbo_step_(self.table(), batch, self.shared, self.form)
+        if len(rows):
+            self.replayed(1)
+        return self.shared.loss[0, 0], self.shared.loss[0, 1]
+
+    def table(self) -> RowState:
+        """The rows, their clock and their noise as they are now."""
+        store, clock = self.store, self.clock
+        tensors = store.values, store.last, clock.history, clock.counters, clock.constants, clock.rates
+        return RowState(*tensors, clock.closed_form, store.step, cast(RelayPosterior, self.model.posterior).seed)
+
+    def _count(self, rows: int) -> Tensor:
+        if rows not in self.counts:
+            self.counts[rows] = torch.full((), rows, dtype=torch.int64, device=self.store.values.device)
+        return self.counts[rows]
+
+    def _check_memory(self) -> None:
+        first, last, weights = self.parameters[0], self.parameters[-1], self.shared.weights
+        moment = self.optimizer.state[first].get("exp_avg")
+        found = [None if t is None else t.data_ptr() for t in (first, moment, last)]
+        places = [0, weights.shape[1], weights.shape[1] - last.numel()]
+        expected = [weights.data_ptr() + place * weights.itemsize for place in places]
+        if found != expected or not self.store.columns or self.store.owner(0) is not self.optimizer:
+            raise RuntimeError(
+                "the model's parameters, its RowAdam or that one's state were replaced since this ElboStep was made; "
+                "make a new one"
+            )
+
+
+def _shared_parameters(model: RowModel) -> Iterator[nn.Parameter]:
+    """In the order of ElboModel.shared_shapes."""
+    yield cast(RelayPosterior, model.posterior).relays
+    yield from model.decoder.parameters()
+    yield from model.likelihood.parameters()
+
+
+def _form(model: RowModel) -> ElboModel:
+    posterior, decoder, likelihood = cast(RelayPosterior, model.posterior), model.decoder, model.likelihood
+    hidden = tuple(layer.out_features for layer in decoder.mlp if isinstance(layer, nn.Linear))
+    activation = next((n for n, kind in ACTIVATIONS.items() for layer in decoder.mlp if type(layer) is kind), "relu")
+    learned = isinstance(likelihood, Gaussian) and likelihood.learned
+    scale = 1.0
+    if isinstance(likelihood, Gaussian):
+        scale = likelihood.min_scale if likelihood.learned else likelihood.fixed
+    kind = "gaussian" if isinstance(likelihood, Gaussian) else "bernoulli"
+    path = posterior.groups, posterior.active, hidden, decoder.linear_path, activation
+    return ElboModel(*path, kind, scale, learned, float(model.kl_weight))
+
+
+def _model_reason(model: nn.Module) -> str | None:
+    if not isinstance(model, RowModel) or not isinstance(model.posterior, RelayPosterior):
+        return "its rows have no RelayPosterior"
+    if type(model.decoder) is not MLPDecoder:
+        return "its decoder is no MLPDecoder"
+    if type(model.likelihood) not in (Gaussian, Bernoulli):
+        return "its likelihood is neither Gaussian nor Bernoulli"
+    if model.posterior.coefficients != "linear":
+        return f"its coefficients are {model.posterior.coefficients!r}, not 'linear'"
+    if not all(p.requires_grad for p in model.parameters()):
+        return "some of its parameters are frozen"
+    dtypes = {p.dtype for p in model.parameters()}
+    if len(dtypes) > 1:
+        return f"its parameters have several dtypes ({', '.join(sorted(map(str, dtypes)))})"
+    return unsupported(model.posterior.table.store.values, model.posterior.latent_dim, _form(model))
+
+
+def _optimizer_reason(model: Any, optimizer: RowAdam) -> str | None:
+    groups = _groups_by_parameter(optimizer)
+    rows, shared = model.posterior.table.store.parameters, list(_shared_parameters(model))
+    if not all(id(p) in groups for p in (*rows, *shared)):
+        return "the optimizer does not train all of its parameters"
+    if len({groups[id(p)] for p in rows}) > 1:
+        return "the columns of its rows are in different groups of the optimizer"
+    scale = list(model.likelihood.parameters())
+    if len({groups[id(p)] for p in shared[: len(shared) - len(scale)]}) > 1:
+        return "relays and decoder are in different groups of the optimizer"
+    settings = [optimizer.param_groups[groups[id(p)]] for p in (rows[0], shared[0], shared[-1])]
+    if settings[0]["mode"] != "dense":
+        return "its rows are trained with mode='lazy'"
+    if _hyper(settings[1]) != _hyper(settings[2]):
+        return "betas or eps of its learned scale differ from those of its decoder"
+    if len({float(optimizer.state[p]["step"]) if optimizer.state[p] else 0.0 for p in shared}) > 1:
+        return "its shared parameters have taken different numbers of steps"
+    return None
+
+
+def _groups_by_parameter(optimizer: RowAdam) -> dict[int, int]:
+    """By the parameter's id, the number of its group."""
+    return {id(p): number for number, group in enumerate(optimizer.param_groups) for p in group["params"]}
+
+
+def _hyper(group: dict[str, Any]) -> AdamHyper:
+    return AdamHyper(float(group["betas"][0]), float(group["betas"][1]), group["eps"])

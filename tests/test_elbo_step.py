@@ -1,0 +1,413 @@
+"""The fused training step against the same step taken apart: a model's forward and backward, then RowAdam."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import rvi_fast
+from rvi_fast.elbo_step import ElboStep
+from rvi_fast.likelihoods import Bernoulli, Gaussian
+from rvi_fast.model import RowModel
+from rvi_fast.nn import MeanFieldPosterior, MLPDecoder, RelayPosterior
+from rvi_fast.ops.elbo import Batch, elbo_step_
+from rvi_fast.optim import RowAdam
+
+N = 20
+TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-6}
+
+
+def make_model(
+    latent_dim=5, columns=19, groups=(3, 9), active=0.5, hidden=(7, 6), linear_path=False, activation="relu",
+    likelihood=None, kl_weight=0.7, dtype=torch.float64,
+):  # fmt: skip
+    torch.manual_seed(0)
+    likelihood = likelihood or Gaussian(0.4)
+    likelihood.bind(columns)
+    posterior = RelayPosterior(N, latent_dim, groups, active, seed=3, log_std=-1.0, coef_std=0.5)
+    decoder = MLPDecoder(latent_dim, columns, hidden, linear_path=linear_path, activation=activation)
+    return RowModel(posterior, decoder, likelihood, kl_weight).to(dtype)
+
+
+def exact(device: torch.device) -> torch.dtype:
+    """The dtype in which the step is compared most closely: compiled kernels have float32 alone."""
+    return torch.float32 if device.type == "cuda" else torch.float64
+
+
+def make_optimizer(model: RowModel, lr=0.02, row_lr=0.05, weight_decay=0.1, row_decay=0.0) -> RowAdam:
+    scale = list(model.likelihood.parameters())
+    rows = list(model.posterior.table.parameters())
+    weights = [model.posterior.relays, *model.decoder.parameters()]
+    return RowAdam(
+        [
+            {"params": rows, "lr": row_lr, "weight_decay": row_decay},
+            {"params": weights, "lr": lr, "weight_decay": weight_decay},
+            *([{"params": scale, "lr": 2 * lr}] if scale else []),
+        ]
+    )
+
+
+def make_data(columns=19, missing=0.3, dtype=torch.float64, binary=False) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.rand(N, columns, generator=generator, dtype=torch.float64)
+    mask = torch.rand(N, columns, generator=generator) >= missing
+    x = (x > 0.5).double() if binary else x
+    return x.to(dtype), mask
+
+
+def batches(sizes=(12, 9, 16, 3)) -> list[Tensor]:
+    """Rows of each step: without repeats, some revisited after a gap, some never."""
+    generator = torch.Generator().manual_seed(2)
+    return [torch.randperm(N, generator=generator)[:size] for size in sizes]
+
+
+def train_apart(model: RowModel, optimizer: RowAdam, x: Tensor, mask: Tensor, steps: list[Tensor]) -> list[float]:
+    """What ElboStep does, by autograd and RowAdam, in PyTorch."""
+    sums = []
+    with rvi_fast.backend("torch"):
+        for rows in steps:
+            optimizer.zero_grad()
+            nll, kl = model(rows, x[rows], mask[rows])
+            model.row_loss(nll, kl).mean().backward()
+            optimizer.step()
+            sums += [nll.detach().sum().item(), kl.detach().sum().item()]
+    return sums
+
+
+def train_fused(
+    model: RowModel, optimizer: RowAdam, x: Tensor, mask: Tensor | None, steps: list[Tensor], **how
+) -> list[float]:
+    fused = ElboStep(model, optimizer)
+    sums = []
+    for rows in steps:
+        sums += [value.item() for value in fused.step(rows.to(x.device), x, mask, **how)]
+    return sums
+
+
+def state_of(model: RowModel, optimizer: RowAdam) -> dict[str, Tensor]:
+    """Parameters and moments, up to date."""
+    state = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    for number, moments in optimizer.state_dict()["state"].items():
+        state |= {f"{name} of {number}": torch.as_tensor(value) for name, value in moments.items()}
+    return {name: value.detach().double().cpu().clone() for name, value in state.items()}
+
+
+def assert_near(found: dict[str, Tensor], truth: dict[str, Tensor], peer: dict[str, Tensor], tolerance: float) -> None:
+    """|found - truth| <= |peer - truth| + tolerance, in the largest entry of every tensor."""
+    assert found.keys() == truth.keys() == peer.keys()
+    for name in truth:
+        error, allowed = ((state[name] - truth[name]).abs().max() for state in (found, peer))
+        assert error <= 2 * allowed + tolerance, f"{name}: {error:.3g} > {allowed:.3g}"
+
+
+def check(
+    device: torch.device,
+    *,
+    missing=0.3,
+    binary=False,
+    dtype=None,
+    sizes=(12, 9),
+    mask_as="bool",
+    **form,
+) -> None:
+    """Equal to the step taken apart in float64; in float32 no further from it than that step in float32 is."""
+    columns, dtype = form.get("columns", 19), dtype or exact(device)
+    x, mask = make_data(columns, missing, binary=binary)
+    states = {}
+    for kind in {dtype, torch.float64}:
+        apart = make_model(**form, dtype=kind)
+        optimizer = make_optimizer(apart)
+        expected = train_apart(apart, optimizer, x.to(kind), mask, batches(sizes))
+        states[kind] = state_of(apart, optimizer), expected
+    truth, expected = states[torch.float64]
+    fused = make_model(**form, dtype=dtype).to(device)
+    fused_optimizer = make_optimizer(fused)
+    data = as_given(x.to(dtype), mask, mask_as)
+    found = train_fused(fused, fused_optimizer, *(t if t is None else t.to(device) for t in data), batches(sizes))
+    assert found == pytest.approx(expected, rel=1e-10 if dtype == torch.float64 else 1e-4)
+    assert_near(state_of(fused, fused_optimizer), truth, states[dtype][0], TOLERANCE[dtype])
+
+
+def as_given(x: Tensor, mask: Tensor, mask_as: str) -> tuple[Tensor, Tensor | None]:
+    """The same data with their holes as a bool mask, as bits or as NaN; NaN behind the holes in any case."""
+    if not x.is_floating_point() or mask_as == "nan":
+        return x.masked_fill(~mask, torch.nan), None
+    x = x.masked_fill(~mask, torch.nan)
+    if mask_as == "bits":
+        return x, torch.from_numpy(np.packbits(mask.numpy(), axis=1, bitorder="little"))
+    return x, mask
+
+
+FORMS = {
+    "two layers": {"sizes": (9, 7, 8, 3)},
+    "learned scale and linear path, columns beyond a tile": {
+        "likelihood": Gaussian("learned"), "linear_path": True, "hidden": (17,), "columns": 131, "activation": "silu",
+        "mask_as": "bits",
+    },
+    "bernoulli without hidden layers, one relay": {
+        "likelihood": Bernoulli(), "binary": True, "hidden": (), "groups": (1,), "active": 1, "mask_as": "nan",
+    },
+    "three layers, one column, one latent, all relays": {
+        "hidden": (3, 18, 4), "activation": "tanh", "columns": 1, "latent_dim": 1, "active": 1.0, "missing": 0.0,
+    },
+    "wide latents, many groups, half missing": {
+        "latent_dim": 33, "hidden": (20,), "activation": "gelu", "missing": 0.5, "active": 1, "groups": (4, 5, 6),
+        "linear_path": True,
+    },
+    "several programs": {"sizes": (20,)},
+    "nothing observed": {"missing": 1.1, "sizes": (5,)},
+    "float32": {"dtype": torch.float32},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_equals_the_step_taken_apart(device, form):
+    check(device, **copy.deepcopy(FORMS[form]))
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Fresh memory holds NaN."""
+    fresh = torch.Tensor.new_empty
+
+    def new_empty(self, *size, **how):
+        made = fresh(self, *size, **how)
+        return made.fill_(torch.nan) if made.is_floating_point() else made.fill_(77)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+
+
+def test_more_blocks_than_programs(device, monkeypatch, poisoned):
+    if rvi_fast.get_backend() == "triton":
+        monkeypatch.setattr("rvi_fast.kernels.elbo_step.multiprocessors", lambda device: 1)
+    check(device, sizes=(20,), hidden=(6,))
+
+
+def test_same_bits_on_every_run(device, poisoned):
+    x, mask = (t.to(device) for t in make_data(dtype=torch.float32))
+    states = []
+    for _ in range(2):
+        model = make_model(dtype=torch.float32, hidden=()).to(device)
+        optimizer = make_optimizer(model)
+        train_fused(model, optimizer, x, mask, batches((18,)))
+        states.append(state_of(model, optimizer))
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_bytes_that_were_gathered_with_places_left_over(device):
+    """The batch's own rows of bytes, and fewer of them than places, are a smaller batch of scaled floats."""
+    x, mask = make_data()
+    pixels = (255 * x).to(torch.uint8)
+    rows = batches((9,))[0]
+    apart = make_model(hidden=())
+    optimizer = make_optimizer(apart)
+    train_apart(apart, optimizer, pixels.double() / 255, mask, [rows])
+    fused = make_model(hidden=(), dtype=exact(device)).to(device)
+    fused_optimizer = make_optimizer(fused)
+    step = ElboStep(fused, fused_optimizer)
+    places = torch.cat((rows, rows[:4])).to(device)
+    batch = (t[places.cpu()].to(device) for t in (pixels, mask))
+    step.step(places, *batch, count=torch.tensor(9, device=device), x_scale=1 / 255, gathered=True)
+    assert step.sums[2] == 9
+    truth = state_of(apart, optimizer)
+    assert_near(state_of(fused, fused_optimizer), truth, truth, TOLERANCE[exact(device)])
+
+
+def test_an_empty_batch_changes_nothing(device):
+    model = make_model(dtype=exact(device)).to(device)
+    optimizer = make_optimizer(model)
+    step = ElboStep(model, optimizer)
+    before = state_of(model, optimizer)
+    x = torch.zeros(N, 19, dtype=torch.float64, device=device)
+    step.step(torch.empty(0, dtype=torch.int64, device=device), x)
+    after = state_of(model, optimizer)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_steps_apart_before_and_after():
+    """Fused steps take over from RowAdam's and give back to them; rates may change on the way; the table is flushed."""
+    x, mask = make_data()
+    models = [make_model(likelihood=Gaussian("learned")) for _ in range(2)]
+    optimizers = [make_optimizer(model, row_decay=0.2) for model in models]
+    first, second, third = batches((12, 9, 16, 3))[:3]
+    expected = train_apart(models[0], optimizers[0], x, mask, [first])
+    train_apart(models[1], optimizers[1], x, mask, [first])
+    for optimizer in optimizers:
+        for number, group in enumerate(optimizer.param_groups):
+            group["lr"] *= 0.5 + number
+    expected = train_apart(models[0], optimizers[0], x, mask, [second, third])
+    step = ElboStep(models[1], optimizers[1])
+    found = [float(s) for s in step.step(second, x, mask)]
+    models[1].posterior.table.store.flush()
+    found += [float(s) for s in step.step(third, x, mask)]
+    assert found == pytest.approx(expected, rel=1e-10)
+    for model, optimizer in zip(models, optimizers, strict=True):
+        train_apart(model, optimizer, x, mask, [first])
+    truth = state_of(models[0], optimizers[0])
+    assert_near(state_of(models[1], optimizers[1]), truth, truth, 1e-11)
+
+
+def test_new_rates_reach_the_next_step():
+    x, mask = make_data()
+    model = make_model()
+    optimizer = make_optimizer(model, weight_decay=0.0)
+    step = ElboStep(model, optimizer)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    before = {name: value.clone() for name, value in model.state_dict().items() if "extra" not in name}
+    step.step(batches()[0], x, mask)
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+
+
+def test_room_is_made_when_the_clock_is_full(monkeypatch):
+    monkeypatch.setattr("rvi_fast.elbo_step.MAX_STEPS_BEHIND", 2)
+    check(torch.device("cpu"))
+
+
+def test_losses_add_up_until_they_are_zeroed():
+    x, mask = make_data()
+    model = make_model()
+    step = ElboStep(model, make_optimizer(model))
+    sums = [[float(s) for s in step.step(rows, x, mask)] for rows in batches((12, 9))]
+    assert step.sums.tolist() == pytest.approx([sums[0][0] + sums[1][0], sums[0][1] + sums[1][1], 21])
+
+
+def test_operator_is_registered_properly(device):
+    x, mask = make_data(4)
+    model = make_model(columns=4, hidden=(), groups=(2,), latent_dim=2, dtype=exact(device)).to(device)
+    step = ElboStep(model, make_optimizer(model))
+    table, rows = step.table(), torch.arange(3, device=device)
+    step.clock.reserve(1)
+    batch = rows, torch.tensor(3, device=device), x.to(device), mask.to(device), 1.0, False
+    arguments = (*table, *batch, *step.shared, *step.form)
+    utilities = (
+        ("test_schema", "test_faketensor") if rvi_fast.get_backend() == "triton" else ("test_autograd_registration",)
+    )
+    torch.library.opcheck(torch.ops.rvi_fast.elbo_step_.default, arguments, test_utils=utilities)
+
+
+def test_offsets_pass_31_bits(device):
+    """A row far into a table: only the pages of that row are there."""
+    model = make_model(columns=4, hidden=(), groups=(2,), latent_dim=2, dtype=exact(device)).to(device)
+    optimizer = make_optimizer(model)
+    step = ElboStep(model, optimizer)
+    table = step.table()
+    size = table.values[0].numel()
+    rows = torch.tensor([2**31 // size + 7], device=device)
+    number = int(rows) + 1
+    if device.type == "cuda" and torch.cuda.mem_get_info()[0] < 8 * number * size:
+        pytest.skip("needs 17 GB")
+    values = torch.empty(number, *table.values.shape[1:], dtype=exact(device), device=device)
+    values[rows] = table.values[:1]
+    last = torch.empty(number, dtype=torch.int32, device=device)
+    last[rows] = 0
+    x, mask = (t[:1].to(device) for t in make_data(4))
+    far = table._replace(values=values, last=last)
+    batch = Batch(rows, torch.tensor(1, device=device), x, mask, 1.0, True)
+    elbo_step_(far, batch, step.shared, step.form)
+    moved = values[rows].cpu()
+    peer = make_model(columns=4, hidden=(), groups=(2,), latent_dim=2, dtype=exact(device))
+    peer_step = ElboStep(peer, make_optimizer(peer))
+    with rvi_fast.backend("torch"):
+        start = peer_step.table().values[:1].clone()
+        near = peer_step.table()._replace(values=torch.empty(values.shape, dtype=values.dtype), last=last.cpu())
+        near.values[rows.cpu()], near.last[rows.cpu()] = start, 0
+        batch = Batch(rows.cpu(), torch.tensor(1), x.cpu(), mask.cpu(), 1.0, True)
+        elbo_step_(near, batch, peer_step.shared, peer_step.form)
+    torch.testing.assert_close(moved, near.values[rows.cpu()].cpu(), rtol=0, atol=TOLERANCE[exact(device)])
+
+
+def other_likelihood() -> RowModel:
+    class Laplace(Gaussian):
+        pass
+
+    return make_model(likelihood=Laplace(1.0))
+
+
+def softmax() -> RowModel:
+    model = make_model()
+    model.posterior = RelayPosterior(N, 5, (3,), 1, coefficients="softmax")
+    return model
+
+
+def frozen() -> RowModel:
+    model = make_model()
+    model.decoder.head.bias.requires_grad_(False)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (lambda: RowModel(MeanFieldPosterior(N, 3), MLPDecoder(3, 4), Gaussian(1.0), 1.0), "no RelayPosterior"),
+        (softmax, "its coefficients are 'softmax', not 'linear'"),
+        (other_likelihood, "neither Gaussian nor Bernoulli"),
+        (frozen, "some of its parameters are frozen"),
+        (lambda: make_model(hidden=(129,)), "latent_dim or hidden layers above 128"),
+        (lambda: make_model(dtype=torch.float16), "torch.float16 tables"),
+        (lambda: nn.Linear(2, 2), "no RelayPosterior"),
+    ],
+)
+def test_says_which_models_it_cannot_train(model, reason):
+    assert reason in ElboStep.supports(model())
+
+
+def test_says_which_optimizers_it_cannot_follow():
+    model = make_model(likelihood=Gaussian("learned"))
+    rows, relays = list(model.posterior.table.parameters()), model.posterior.relays
+    rest = [*model.decoder.parameters(), *model.likelihood.parameters()]
+    assert ElboStep.supports(model, make_optimizer(model)) is None
+    for groups, reason in [
+        ([*rows, relays], "does not train all"),
+        ([{"params": rows[:1]}, {"params": [*rows[1:], relays, *rest]}], "different groups"),
+        ([{"params": [*rows, relays]}, {"params": rest}], "relays and decoder are in different groups"),
+        ([{"params": [*rows, relays, *rest[:-1]]}, {"params": rest[-1:], "eps": 1e-7}], "betas or eps"),
+    ]:
+        assert reason in ElboStep.supports(model, RowAdam(groups))
+    lazy = make_model()
+    reason = ElboStep.supports(lazy, RowAdam(lazy.parameters(), mode="lazy"))
+    assert "lazy" in reason
+    with pytest.raises(ValueError, match=r"ElboStep cannot train this model: its rows are trained with mode='lazy'"):
+        ElboStep(lazy, RowAdam(lazy.parameters(), mode="lazy"))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "sentence"),
+    [
+        ({"rows": torch.tensor([N])}, IndexError, "rows must lie in 0 .. 19; got 20"),
+        ({"rows": torch.tensor([0.5])}, TypeError, "rows must be an int64 tensor"),
+        ({"x": torch.zeros(N, 3)}, ValueError, r"x must have shape \[rows = 20, 19\]|x must have shape"),
+        ({"mask": torch.ones(N, 19)}, TypeError, "mask must be a bool tensor"),
+        ({"mask": torch.ones(3, 19, dtype=torch.bool)}, ValueError, "mask must have shape"),
+        ({"x": torch.zeros(N, 19, dtype=torch.uint8)}, TypeError, "mask=None takes NaN in x as missing"),
+    ],
+)
+def test_wrong_input_is_named(change, error, sentence):
+    model = make_model()
+    step = ElboStep(model, make_optimizer(model))
+    with pytest.raises(error, match=sentence):
+        step.step(**({"rows": torch.tensor([1]), "x": torch.zeros(N, 19)} | change))
+
+
+def test_replaced_parameters_are_noticed():
+    model = make_model()
+    step = ElboStep(model, make_optimizer(model))
+    model.posterior.relays.data = model.posterior.relays.data.clone()
+    sentence = "were replaced since this ElboStep was made; make a new one"
+    with pytest.raises(RuntimeError, match=sentence):
+        step.step(torch.tensor([1]), torch.zeros(N, 19))
+    optimizer = make_optimizer(model)
+    step = ElboStep(model, optimizer)
+    step.step(torch.tensor([1]), torch.zeros(N, 19))
+    optimizer.load_state_dict(optimizer.state_dict())
+    with pytest.raises(RuntimeError, match=sentence):
+        step.step(torch.tensor([1]), torch.zeros(N, 19))
+    step = ElboStep(model, optimizer)
+    step.step(torch.tensor([1]), torch.zeros(N, 19))
+    make_optimizer(model)
+    with pytest.raises(RuntimeError, match=sentence):
+        step.step(torch.tensor([1]), torch.zeros(N, 19))
