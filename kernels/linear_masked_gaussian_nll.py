@@ -10,9 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .likelihood import dense_rows, gaussian, gaussian_by_scale, load_observed, observed_arguments, split
-from .precision import dot_precision
+from .precision import add_product, dot_precision
 
-COLUMNS = 32  # that a program multiplies at once, where it owns rows
 ROWS = 16  # where it owns columns
 MIN_DOT = 16  # tl.dot takes no smaller tile
 
@@ -30,7 +29,7 @@ def inner_products(
         right, down = feature[None, :], feature[:, None]
         a = tl.load(a_ptr + i.to(tl.int64) * a_stride + right, mask=(i < rows_a) & (right < H), other=0.0)
         b = tl.load(b_ptr + j.to(tl.int64) * b_stride + down, mask=(j < rows_b) & (down < H), other=0.0)
-        total = tl.dot(a, b, total, input_precision=PRECISION, out_dtype=total.dtype)
+        total = add_product(total, a, b, PRECISION)
     return total
 
 
@@ -103,7 +102,7 @@ def linear_masked_gaussian_nll_by_h_kernel(
         )  # fmt: skip
         _, dxhat = gaussian(xhat, x, scale)
         weight = load_whole(weight_ptr, j, D, weight_stride, H, WIDTH)
-        dh = tl.dot(tl.where(observed, dxhat, 0.0), weight, dh, input_precision=PRECISION, out_dtype=dtype)
+        dh = add_product(dh, tl.where(observed, dxhat, 0.0), weight, PRECISION)
     dh *= tl.load(grad_ptr + row * grad_stride, mask=row < B, other=0.0)
     feature = tl.arange(0, WIDTH)[None, :]
     tl.store(dh_ptr + (part * B + row) * H + feature, dh, mask=(row < B) & (feature < H))
@@ -145,7 +144,7 @@ def linear_masked_gaussian_nll_by_layer_kernel(
         dxhat = tl.where(observed, grad * dxhat, 0.0)
         if dweight_ptr is not None:
             h = load_whole(h_ptr, i, B, h_stride, H, WIDTH)
-            dweight = tl.dot(dxhat, h, dweight, input_precision=PRECISION, out_dtype=dtype)
+            dweight = add_product(dweight, dxhat, h, PRECISION)
         if dbias_ptr is not None:
             dbias += tl.sum(dxhat, axis=1)
         if dscale_ptr is not None:
@@ -174,16 +173,16 @@ def linear_masked_gaussian_nll(
         return h.new_zeros(B)
     h, weight = dense_rows(h), dense_rows(weight)
     x, mask, x_stride, mask_stride, kind = observed_arguments(x, mask)
-    side, chunk = 64, _tile(H).chunk
-    row_blocks = triton.cdiv(B, side)
-    splits, tiles = split(triton.cdiv(D, COLUMNS), row_blocks)
+    tile = _tile(1, h.dtype)  # nothing is as wide as the features
+    row_blocks = triton.cdiv(B, tile.side)
+    splits, tiles = split(triton.cdiv(D, tile.columns), row_blocks)
     nll = torch.empty(splits, B, dtype=h.dtype, device=h.device)
     with torch.cuda.device_of(h):
         linear_masked_gaussian_nll_kernel[(row_blocks, splits)](
             h, weight, bias, x, mask, scale, nll, B, D, H, tiles,
             h.stride(0), weight.stride(0), bias.stride(0), x_stride, mask_stride, scale.stride(0), float(x_scale),
-            MASK=kind, PRECISION=dot_precision(h.dtype, h.device), ROWS=side, COLUMNS=COLUMNS, CHUNK=chunk,
-            enable_fp_fusion=True,
+            MASK=kind, PRECISION=dot_precision(h.dtype, h.device), ROWS=tile.side, COLUMNS=tile.columns,
+            CHUNK=_tile(H, h.dtype).chunk, enable_fp_fusion=True,
         )  # fmt: skip
     return nll[0] if splits == 1 else nll.sum(0)
 
@@ -200,16 +199,16 @@ def linear_masked_gaussian_nll_by_h(
         return torch.zeros_like(h)
     h, weight = dense_rows(h), dense_rows(weight)
     x, mask, x_stride, mask_stride, kind = observed_arguments(x, mask)
-    tile = _tile(H)
+    tile = _tile(H, h.dtype)
     row_blocks = triton.cdiv(B, tile.side)
-    splits, tiles = split(triton.cdiv(D, COLUMNS), row_blocks)
+    splits, tiles = split(triton.cdiv(D, tile.columns), row_blocks)
     dh = torch.empty(splits, B, H, dtype=h.dtype, device=h.device)
     with torch.cuda.device_of(h):
         linear_masked_gaussian_nll_by_h_kernel[(row_blocks, splits)](
             grad, h, weight, bias, x, mask, scale, dh, B, D, H, tiles,
             grad.stride(0), h.stride(0), weight.stride(0), bias.stride(0), x_stride, mask_stride, scale.stride(0),
             float(x_scale), MASK=kind, PRECISION=dot_precision(h.dtype, h.device),
-            ROWS=tile.side, COLUMNS=COLUMNS, CHUNK=tile.chunk, WIDTH=tile.width,
+            ROWS=tile.side, COLUMNS=tile.columns, CHUNK=tile.chunk, WIDTH=tile.width,
             num_warps=tile.warps, enable_fp_fusion=True,
         )  # fmt: skip
     return dh[0] if splits == 1 else dh.sum(0)
@@ -230,7 +229,7 @@ def linear_masked_gaussian_nll_by_layer(
         return tuple(h.new_zeros(shape) if w else None for w, shape in wanted)  # type: ignore[return-value]
     h, weight = dense_rows(h), dense_rows(weight)
     x, mask, x_stride, mask_stride, kind = observed_arguments(x, mask)
-    tile = _tile(H)
+    tile = _tile(H, h.dtype)
     column_blocks = triton.cdiv(D, tile.side)
     splits, tiles = split(triton.cdiv(B, ROWS), column_blocks)
     parts = [torch.empty(splits, *shape, dtype=h.dtype, device=h.device) if w else None for w, shape in wanted]
@@ -247,12 +246,15 @@ def linear_masked_gaussian_nll_by_layer(
 
 class _Tile(NamedTuple):
     side: int  # rows or columns that a program owns
+    columns: int  # multiplied at once, where it owns rows
     width: int  # features, padded
     chunk: int  # features multiplied at once
     warps: int
 
 
-def _tile(features: int) -> _Tile:
+def _tile(features: int, dtype: torch.dtype) -> _Tile:
     """As much as the registers of a backward kernel hold without spilling (bench/static.py)."""
     width = max(triton.next_power_of_2(features), MIN_DOT)
-    return _Tile(64 if width <= 128 else 32, width, min(width, 32), 4 if width <= 64 else 8)
+    if dtype == torch.float64:
+        return _Tile(16, 16, width, 16, 4 if width <= 64 else 8)
+    return _Tile(64 if width <= 128 else 32, 32, width, min(width, 32), 4 if width <= 64 else 8)

@@ -1,6 +1,8 @@
-"""How exactly tl.dot multiplies."""
+"""How exactly matrices are multiplied."""
 
 import torch
+import triton
+import triton.language as tl
 
 
 def dot_precision(dtype: torch.dtype, device: torch.device) -> str:
@@ -11,3 +13,13 @@ def dot_precision(dtype: torch.dtype, device: torch.device) -> str:
     if dtype != torch.float32 or torch.version.hip is not None:
         return "ieee"
     return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+@triton.jit
+def add_product(total, a, b, PRECISION: tl.constexpr):
+    """total + a b: [R, C], [R, K], [K, C]. float64 is summed entry by entry: Triton 3.6 has no dot for it on a GPU."""
+    if total.dtype == tl.float64:
+        total += tl.sum(a[:, :, None] * b[None, :, :], axis=1)
+    else:
+        total = tl.dot(a, b, total, input_precision=PRECISION)
+    return total

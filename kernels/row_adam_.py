@@ -47,7 +47,8 @@ def row_adam_kernel(
         tl.store(row_ptr + at, p, mask=in_table[:, None] & (at < C))
         tl.store(row_ptr + slot_stride + at, m, mask=in_table[:, None] & (at < C))
         tl.store(row_ptr + 2 * slot_stride + at, v, mask=in_table[:, None] & (at < C))
-        (p, m, v), grad = ahead, grad_ahead
+        p, m, v = ahead
+        grad = grad_ahead
     if TOUCH:
         tl.store(last_ptr + row, touched.to(tl.int32), mask=in_table)
 
