@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from . import arguments, defaults, io, ops
-from .infer import ELBO_DRAWS, PROTOCOLS, InferencePlan, Posterior, fit_new_rows, map_blocks, padded_block
+from .blocks import release, shape_and_dtype
+from .infer import BLOCK, ELBO_DRAWS, PROTOCOLS, InferencePlan, Posterior, fit_new_rows, map_blocks, padded_block
 from .likelihoods import Gaussian, Likelihood
 from .model import Encoder, EncoderModel, LatentModel, RowModel
 from .nn import ACTIVATIONS, MeanFieldPosterior, MLPDecoder, RelayPosterior
@@ -24,7 +25,8 @@ from .optim import MODES, RowAdam
 from .row_store import RowParameter
 from .train import SCHEDULES, Plan, Trainer
 
-ROWS_AT_ONCE = 1024  # rows decoded together when reading results
+ROWS_AT_ONCE = 1024  # rows decoded together when reading results,
+CELLS_AT_ONCE = 1 << 22  # unless they hold more cells than this
 MAX_LOG_STD = 20  # of a posterior's initial log standard deviation
 PATIENCE = 0.2  # early stopping waits for this share of the epochs
 
@@ -112,7 +114,10 @@ class Estimator:
         return {name: getattr(self, name) for name in _argument_defaults(type(self))}
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_fitted_by": None}  # the optimiser and its data stay behind
+        state = self.__dict__ | {"_fitted_by": None}  # the optimiser and its data stay behind
+        if state.get("_data") is not None and state["_data"].readers:
+            state["_data"] = None  # an open file cannot be copied
+        return state
 
     def __repr__(self) -> str:
         shown = ", ".join(f"{k}={v!r}" for k, v in self.get_params().items() if v != _argument_defaults(type(self))[k])
@@ -134,13 +139,14 @@ class Estimator:
     ) -> Self:
         """Train on the observed cells of X.
 
-        X: [N, D] array, tensor, memmap or DataFrame; NaN = missing. mask: bool [N, D], True = observed. val_cells:
-        share of the observed cells to hide from training; it stops early when the error on them no longer falls, and
-        keeps the best state. max_steps: an upper bound of the optimisation steps. callbacks: called as callback(self,
-        logs) after every epoch, a true result stops. checkpoint_dir: where to save all of the training state every
-        `checkpoint_every` steps (default: an epoch); resume=True goes on from there. Ctrl-C ends the fit after the
-        step at hand and leaves the model usable. A fitted model is held until the new one is done, and stays if the fit
-        fails; what a callback raises ends the fit and leaves the model as trained so far.
+        X: [N, D] array, tensor, DataFrame, memmap, or anything with shape, dtype and X[a:b] (docs/data.md: larger than
+        memory); NaN = missing. mask: bool [N, D], True = observed. val_cells: share of the observed cells to hide from
+        training; it stops early when the error on them no longer falls, and keeps the best state. max_steps: an upper
+        bound of the optimisation steps. callbacks: called as callback(self, logs) after every epoch, a true result
+        stops. checkpoint_dir: where to save all of the training state every `checkpoint_every` steps (default: an
+        epoch); resume=True goes on from there (docs/checkpoints.md). Ctrl-C ends the fit after the step at hand and
+        leaves the model usable. A fitted model is held until the new one is done, and stays if the fit fails; what a
+        callback raises ends the fit and leaves the model as trained so far.
         """
         callbacks = self._check_fit(val_cells, max_steps, callbacks, checkpoint_dir, checkpoint_every, resume)
         data = Observations(X, mask)
@@ -270,6 +276,7 @@ class Estimator:
             self.seed,
             self.device_,
             patience=max(5, round(PATIENCE * self.epochs_)),
+            buffer=data.buffer,
         )
         self._data = data
         self._fitted_by = Trainer(self.model_, optimizer, data, self.units_, plan, hidden)
@@ -285,8 +292,8 @@ class Estimator:
         failed: list[Exception] = []
 
         def after_step(step: int) -> None:
-            if checkpoint_dir is not None and step % every == 0:
-                io.save(self, checkpoint_dir, rows=True, trainer=trainer)
+            if checkpoint_dir is not None and step % every == 0 and step < trainer.total:
+                io.checkpoint(self, checkpoint_dir, trainer)
 
         def after_epoch(logs: dict[str, float]) -> bool:
             try:
@@ -299,11 +306,13 @@ class Estimator:
             trainer.run(after_epoch, after_step, self.progress)
             progress.stopped = "failed" if failed else progress.stopped
             if checkpoint_dir is not None and not failed:
-                io.save(self, checkpoint_dir, rows=True, trainer=trainer)
+                io.checkpoint(self, checkpoint_dir, trainer)
         finally:
             trainer.restore_best()
             self.n_steps_, self.stopped_ = progress.step, progress.stopped
         empty = trainer.empty_rows()
+        for reader in trainer.data.readers:
+            reader.forget()
         if len(empty) and isinstance(self.model_, RowModel):
             self.model_.posterior.set_prior(empty)
         if len(empty) or trainer.hidden is not None:
@@ -420,7 +429,7 @@ class Estimator:
     def _check_posterior(self, X: Any, posterior: Any) -> None:
         if not isinstance(posterior, Posterior):
             raise TypeError(f"posterior must be what infer or posterior_ gave; got {type(posterior).__name__}")
-        rows = self.n_rows_ if X is None else len(X)
+        rows = self.n_rows_ if X is None else X.shape[0] if hasattr(X, "shape") else len(X)
         if len(posterior) != rows:
             raise ValueError(f"posterior has {len(posterior)} rows, but X has {rows}")
         if posterior.mean.shape[1] != self.latent_dim_:
@@ -444,6 +453,7 @@ class Estimator:
         *,
         n_samples: int | None = None,
         posterior: Posterior | None = None,
+        out: Any = None,
         **infer: Any,
     ) -> Any:
         """Fill the holes; observed cells come back bit for bit.
@@ -451,17 +461,22 @@ class Estimator:
         X, mask: new rows, or None for the training rows. n_samples: None fills with the decoder's output at the
         posterior mean; an int L returns L fillings [L, N, D] with z drawn from the posterior (their mean is
         E[x_missing | x_observed] under q, their spread the uncertainty of z). posterior: of these rows, from infer.
-        Other keywords go to infer. Returns the kind of container that X is; a list of DataFrames where n_samples is
-        given and X is one.
+        out: where to write the result block by block, [N, D], instead of a new array: an array, memmap, h5py or zarr
+        dataset. Other keywords go to infer. Returns out, or the kind of container that X is; a list of DataFrames where
+        n_samples is given and X is one.
         """
         arguments.positive_int("n_samples", n_samples, None)
         self._check_fitted()
         data = self._training_data() if X is None else self._new_rows(X, mask)
+        if out is not None:
+            _check_out(out, data, n_samples)
         post = self._posterior_of(X, mask, posterior, **infer)
+        if out is not None:
+            return self._fill(data, post.mean, out)
         if n_samples is None:
-            return data.like_container(self._fill(data, post.mean))
+            return data.like_container(self._fill(data, post.mean, _empty_like(data)))
         draws = (post.mean + post.std * self._noise(post.row_ids, draw) for draw in range(n_samples))
-        fillings = [self._fill(data, z) for z in draws]
+        fillings = [self._fill(data, z, _empty_like(data)) for z in draws]
         if isinstance(data.container, (np.ndarray, Tensor)):
             return data.like_container(np.stack(fillings))
         return [data.like_container(filled) for filled in fillings]
@@ -476,14 +491,19 @@ class Estimator:
     def _noise(self, ids: Tensor, draw: int) -> Tensor:
         return ops.philox_normal(self.seed, "impute", 0, ids, self.latent_dim_, draw=draw)
 
-    def _fill(self, data: Observations, z: Tensor) -> np.ndarray:
-        filled = np.empty((len(data), data.num_columns), dtype=data.output_dtype())
-        for start in range(0, len(data), ROWS_AT_ONCE):
-            block = slice(start, start + ROWS_AT_ONCE)
+    def _fill(self, data: Observations, z: Tensor, out: Any) -> Any:
+        """Write the rows of data to out, with E[x | z] in their holes; returns out."""
+        dtype = data.output_dtype()
+        size = min(ROWS_AT_ONCE, max(BLOCK, CELLS_AT_ONCE // data.num_columns // BLOCK * BLOCK))
+        for start in range(0, len(data), size):
+            block = slice(start, min(start + size, len(data)))
             values, observed = data.read(block)
-            filled[block] = self.units_.to_user(self._decode(z[block]))
-            np.copyto(filled[block], values.astype(filled.dtype, copy=False), where=observed)
-        return filled
+            filled = self.units_.to_user(self._decode(z[block]))
+            filled = filled.clip(np.finfo(dtype).min, np.finfo(dtype).max).astype(dtype)  # no infinity in float16
+            np.copyto(filled, values.astype(dtype, copy=False), where=observed)
+            out[block] = filled
+            release(out)
+        return out
 
     def embed(self, X: Any = None, mask: Any = None, *, posterior: Posterior | None = None, **infer: Any) -> np.ndarray:
         """Posterior means, float32 [N, T], of new rows or (X=None) of the training rows. Other keywords go to infer."""
@@ -817,6 +837,23 @@ def _unknown_argument(cls: type[Estimator], name: str) -> str:
     close = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {close[0]!r}?" if close else f"it takes {', '.join(known)}"
     return f"{cls.__name__} has no argument {name!r}; {hint}"
+
+
+def _empty_like(data: Observations) -> np.ndarray:
+    return np.empty((len(data), data.num_columns), dtype=data.output_dtype())
+
+
+def _check_out(out: Any, data: Observations, n_samples: int | None) -> None:
+    if n_samples is not None:
+        raise TypeError("out goes with n_samples=None; drop one of them")
+    if not all(hasattr(out, name) for name in ("shape", "dtype", "__setitem__")):
+        raise TypeError(f"out must be an array, memmap, h5py or zarr dataset to write to; got {type(out).__name__}")
+    shape, dtype = shape_and_dtype(out, "out")
+    if shape != data.values.shape or not np.can_cast(data.output_dtype(), dtype):
+        raise ValueError(
+            f"out must be {data.output_dtype()} {list(data.values.shape)}, to hold X's cells exactly; "
+            f"got {dtype} {list(shape)}"
+        )
 
 
 def _as_row_ids(row_ids: Any, num_rows: int) -> Tensor:

@@ -1,11 +1,19 @@
-"""Models on disk: one folder with config.json and one safetensors file that it names."""
+"""Models on disk: a folder with config.json and the safetensors file that it names; docs/checkpoints.md has the format.
+
+A checkpoint also keeps the one before it, as previous.json and the file that this names.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
+import shutil
+import tempfile
 import uuid
+import warnings
+import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,53 +36,133 @@ if TYPE_CHECKING:
     from .train import Trainer
 
 FORMAT, FORMAT_VERSION = "rvi_fast", 1
-CONFIG = "config.json"
+CONFIG, PREVIOUS = "config.json", "previous.json"
+TENSORS = "tensors-*.safetensors"
+STAGING = ".writing-"  # the folder, inside the model's, in which files are made
+READ_BYTES = 1 << 24
+
+
+class DamagedError(ValueError):
+    """A part of a saved model is missing, or is not what save wrote."""
+
+    def __init__(self, what: str):
+        super().__init__(f"{what}; restore it from a backup, or fit again")
+        self.what = what
 
 
 def save(estimator: Estimator, dir: Any, *, rows: bool, trainer: Trainer | None = None) -> None:
     """Write the model, and with `trainer` all that training needs to go on to the same bits.
 
-    The tensors go to a file of a new name, and config.json, which names it, is replaced last and in one piece: a
-    reader, or a kill at any moment, sees the old model or the new one.
+    Files are made in a folder of their own and moved from there, config.json last: a reader, or a kill at any moment,
+    sees the old model or the new one. What a killed run has left behind is removed.
     """
     folder = make_folder(dir)
+    _remove_leftovers(folder)
     tensors = _model_tensors(estimator, rows and trainer is None)
     config = _config(estimator, rows, trainer)
     if trainer is not None:
         tensors |= _training_tensors(estimator, trainer)
-    config["tensors"] = f"tensors-{uuid.uuid4().hex[:12]}.safetensors"
-    path = folder / config["tensors"]
     try:
-        save_file({name: t.contiguous() for name, t in tensors.items()}, path)
-        _replace_text(folder / CONFIG, json.dumps(config, indent=1))
-    except BaseException:
-        path.unlink(missing_ok=True)
-        raise
-    for old in folder.glob("tensors-*.safetensors"):
-        if old != path:
-            old.unlink(missing_ok=True)
+        with tempfile.TemporaryDirectory(prefix=STAGING, dir=folder, ignore_cleanup_errors=True) as staging:
+            _write(folder, Path(staging), config, tensors)
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error).rpartition(": ")[2]  # of the system
+        raise OSError(
+            f"{folder} cannot be written to ({reason}) and is as before; free space there, or choose another folder"
+        ) from None
+    finally:
+        _remove_leftovers(folder)
+
+
+def checkpoint(estimator: Estimator, dir: Any, trainer: Trainer) -> None:
+    """Save the state of training; where that fails, warn: hours of training are worth more than one checkpoint."""
+    try:
+        save(estimator, dir, rows=True, trainer=trainer)
+    except OSError as error:
+        warnings.warn(f"step {trainer.progress.step} has no checkpoint: {error}; the fit goes on", stacklevel=2)
 
 
 def make_folder(dir: Any) -> Path:
-    """The folder, made if it is not there; one sentence if it cannot be."""
+    """The folder to write to, made if it is not there; one sentence if it cannot be, or holds something else."""
     folder = Path(dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryDirectory(prefix=STAGING, dir=folder).cleanup()
     except (FileExistsError, NotADirectoryError):
         raise NotADirectoryError(f"{folder} is a file, or lies under one; give a folder") from None
+    except OSError as error:
+        raise OSError(f"{folder} cannot be written to ({error.strerror}); choose another folder") from None
+    if (folder / CONFIG).exists() and not any(folder.glob(TENSORS)):
+        raise FileExistsError(f"{folder} holds a {CONFIG} but no model of rvi_fast; choose another folder")
     return folder
 
 
-def _replace_text(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".part")
+def _write(folder: Path, staging: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Make both files in `staging` and move them to `folder`."""
+    made = staging / TENSORS.replace("*", uuid.uuid4().hex[:12])
+    save_file({name: t.contiguous() for name, t in tensors.items()}, made)
+    config["tensors"] = {"file": made.name, "bytes": made.stat().st_size, "crc32": _file_checksum(made)}
+    config["crc32"] = _checksum(config)
+    (staging / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
+    shutil.copymode(staging / CONFIG, made)  # safetensors makes files that only their owner can read
+    _sync(made)
+    _sync(staging / CONFIG)
+    os.replace(made, folder / made.name)
+    if "training" not in config:
+        (folder / PREVIOUS).unlink(missing_ok=True)
+    elif _named_tensors(folder / CONFIG):
+        shutil.copyfile(folder / CONFIG, staging / PREVIOUS)
+        _sync(staging / PREVIOUS)
+        os.replace(staging / PREVIOUS, folder / PREVIOUS)
+    _sync(folder)  # names first, then the file that relies on them
+    os.replace(staging / CONFIG, folder / CONFIG)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    """Put a file, or the names in a folder, on the disk, to be there after a power failure too."""
+    if path.is_dir() and os.name == "nt":
+        return  # Windows opens no folders
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        os.fsync(handle)
     finally:
-        temporary.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what killed runs left, and tensors that no config names; nothing if a config cannot be read."""
+    for staging in folder.glob(STAGING + "*"):
+        shutil.rmtree(staging, ignore_errors=True)
+    named = [_named_tensors(folder / name) for name in (CONFIG, PREVIOUS) if (folder / name).exists()]
+    if None in named:
+        return
+    for tensors in folder.glob(TENSORS):
+        if tensors.name not in named:
+            with contextlib.suppress(OSError):
+                tensors.unlink()
+
+
+def _named_tensors(path: Path) -> str | None:
+    """The tensor file that a config names; None where there is no sound config."""
+    try:
+        return _read_config(path)["tensors"]["file"]
+    except (ValueError, OSError):
+        return None
+
+
+def _file_checksum(path: Path) -> str:
+    checksum = 0
+    with path.open("rb") as file:
+        while part := file.read(READ_BYTES):
+            checksum = zlib.crc32(part, checksum)
+    return f"{checksum:08x}"
+
+
+def _checksum(config: dict[str, Any]) -> str:
+    """Of all of config but its own checksum, however the JSON is spaced."""
+    rest = {name: value for name, value in config.items() if name != "crc32"}
+    return f"{zlib.crc32(json.dumps(rest, sort_keys=True).encode()):08x}"
 
 
 def _config(estimator: Estimator, rows: bool, trainer: Trainer | None = None) -> dict[str, Any]:
@@ -131,36 +219,74 @@ def _without_rows(model: LatentModel) -> dict[str, Tensor]:
 
 
 def has_checkpoint(dir: Any) -> bool:
-    return (Path(dir) / CONFIG).exists()
+    return any((Path(dir) / name).exists() for name in (CONFIG, PREVIOUS))
 
 
 def read(dir: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """config and tensors of a folder; one clear sentence where it is not a whole model of this format."""
+    """config and tensors of a folder; one clear sentence where it is not a whole model of this format.
+
+    Where the newer of two checkpoints is damaged, the older one, with a warning.
+    """
+    return _read(dir)[1:]
+
+
+def read_config(dir: Any) -> dict[str, Any]:
+    """What read gives first, without the tensors; they are not looked at."""
+    folder = Path(dir)
+    if not has_checkpoint(folder):
+        raise FileNotFoundError(f"{folder} holds no model: {CONFIG} is missing; give the folder that save wrote")
+    return _read_config(folder / CONFIG)
+
+
+def _read(dir: Any) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
+    """CONFIG or PREVIOUS, whichever was read, its content and its tensors."""
     folder = Path(dir)
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise FileNotFoundError(
-            f"{folder} holds no model: {CONFIG} is missing; give the folder that save wrote"
-        ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{folder / CONFIG} is not readable as JSON ({error}); restore it from a backup") from None
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
-        raise ValueError(f"{folder / CONFIG} was not written by rvi_fast; give the folder that save wrote")
-    if not isinstance(config.get("version"), int) or not isinstance(config.get("params"), dict):
-        raise ValueError(f"{folder / CONFIG} is damaged: version or params is missing; restore it from a backup")
-    if config["version"] > FORMAT_VERSION:
-        raise ValueError(
-            f"{folder} has format version {config['version']}, but this rvi_fast reads up to {FORMAT_VERSION}; "
-            "upgrade rvi_fast"
-        )
+        config = read_config(folder)
+        return CONFIG, config, _read_tensors(folder, config)
+    except DamagedError as error:
+        if not (folder / PREVIOUS).exists():
+            raise
+        newest = error
     try:
-        with safe_open(folder / config["tensors"], framework="pt") as file:
-            return config, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
-    except (SafetensorError, FileNotFoundError) as error:
+        config = _read_config(folder / PREVIOUS)
+        tensors = _read_tensors(folder, config)
+    except DamagedError as error:
+        raise DamagedError(f"{newest.what}, and {error.what}") from None
+    warnings.warn(f"{newest.what}; the checkpoint before it, of step {config['n_steps']}, is used", stacklevel=4)
+    return PREVIOUS, config, tensors
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise DamagedError(f"{path} is missing") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DamagedError(f"{path} is not readable as JSON ({error})") from None
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        raise ValueError(f"{path} was not written by rvi_fast; give the folder that save wrote")
+    version = config.get("version")
+    if isinstance(version, int) and version > FORMAT_VERSION:
         raise ValueError(
-            f"{folder / config['tensors']} is missing or damaged ({error}); restore it from a backup"
-        ) from None
+            f"{path} has format version {version}, but this rvi_fast reads up to {FORMAT_VERSION}; upgrade rvi_fast"
+        )
+    if config.get("crc32") != _checksum(config):
+        raise DamagedError(f"{path} is damaged: its content does not have the checksum that it names")
+    return config
+
+
+def _read_tensors(folder: Path, config: dict[str, Any]) -> dict[str, Tensor]:
+    expected = config["tensors"]
+    path = folder / expected["file"]
+    if not path.is_file():
+        raise DamagedError(f"{path} is missing")
+    if path.stat().st_size != expected["bytes"]:
+        raise DamagedError(f"{path} has {path.stat().st_size} bytes instead of {expected['bytes']}")
+    if _file_checksum(path) != expected["crc32"]:
+        raise DamagedError(f"{path} is damaged: its content does not have the checksum that was saved with it")
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
 
 
 def load(cls: type[Estimator], dir: Any) -> Any:
@@ -250,7 +376,7 @@ def _training_tensors(estimator: Estimator, trainer: Trainer) -> dict[str, Tenso
 
 def load_training_state(dir: Any, estimator: Estimator, trainer: Trainer) -> None:
     """Put estimator and trainer where the checkpoint in dir stopped; raise if it belongs to other settings or data."""
-    config, tensors = read(dir)
+    name, config, tensors = _read(dir)
     training = config.get("training")
     if training is None:
         raise ValueError(f"{dir} holds a finished model, not a checkpoint; fit without resume, or into another folder")
@@ -263,6 +389,8 @@ def load_training_state(dir: Any, estimator: Estimator, trainer: Trainer) -> Non
     _load_ordinary_moments(trainer, tensors)
     if isinstance(estimator.model_, RowModel):
         _load_rows(estimator.model_, training["rows"], tensors)
+    if name == PREVIOUS:
+        os.replace(Path(dir) / PREVIOUS, Path(dir) / CONFIG)  # the next checkpoint replaces the damaged one, not this
 
 
 def _check_same_run(dir: Any, config: dict[str, Any], estimator: Estimator, trainer: Trainer) -> None:
@@ -302,6 +430,4 @@ def _load_rows(model: RowModel, config: dict[str, Any], tensors: dict[str, Tenso
     store.modes = {int(i): mode for i, mode in config["modes"].items()}
     store.restart(moving, config["steps"])
     for number, (column, (steps, index)) in enumerate(zip(store.columns, config["clocks"], strict=True)):
-        column.clock.steps, column.clock.index = steps, index
-        if isinstance(column.clock, AdamClock):
-            column.clock.history = tensors[f"rows.history.{number}"].to(store.values.device)
+        column.clock.restore(steps, index, tensors.get(f"rows.history.{number}"))

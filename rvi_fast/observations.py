@@ -175,8 +175,8 @@ def _as_matrix(X: Any, name: str) -> np.ndarray | BlockReader:
 
 def _of_tensor(X: Tensor, name: str) -> np.ndarray:
     if X.layout != torch.strided or X.is_meta:
-        found = "one on the meta device, which holds no numbers" if X.is_meta else f"one of layout {X.layout}"
-        raise TypeError(f"{name} must be a dense tensor; got {found}")
+        found = "on the meta device, which holds no numbers" if X.is_meta else f"of layout {X.layout}"
+        raise TypeError(f"{name} must be a dense array, tensor or DataFrame [N, D]; got a tensor {found}")
     dense = X.detach().cpu().resolve_conj().resolve_neg()
     try:
         return (dense.float() if dense.dtype == torch.bfloat16 else dense).numpy()

@@ -1,7 +1,12 @@
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import warnings
+from fnmatch import fnmatch
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +26,18 @@ def table(n=50, d=6, seed=0):
 
 def files(folder):
     return sorted(p.name.split("-")[0] for p in folder.iterdir())
+
+
+def tensors_of(folder, name=io.CONFIG):
+    return folder / json.loads((folder / name).read_text())["tensors"]["file"]
+
+
+def rewrite(folder, change):
+    """Change config.json as another rvi_fast might have written it, with its checksum."""
+    config = json.loads((folder / io.CONFIG).read_text())
+    change(config)
+    config["crc32"] = io._checksum(config)
+    (folder / io.CONFIG).write_text(json.dumps(config))
 
 
 @pytest.mark.parametrize("cls, kw", KINDS)
@@ -93,10 +110,19 @@ def test_a_likelihood_of_ones_own_cannot_be_saved(tmp_path):
 
 def test_a_device_that_is_not_here_becomes_auto(tmp_path):
     RVI(**KINDS[0][1]).fit(table()).save(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    config["params"]["device"] = "cuda:99"
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    rewrite(tmp_path, lambda config: config["params"].update(device="cuda:99"))
     assert RVI.load(tmp_path).device == "auto"
+
+
+@pytest.mark.parametrize("cls, kw", KINDS)
+def test_every_key_and_tensor_is_documented(cls, kw, tmp_path):
+    text = (Path(__file__).parent.parent / "docs" / "checkpoints.md").read_text(encoding="utf-8")
+    names = {re.sub("<[^>]*>", "*", name) for name in re.findall(r"`([^`]+)`", text.replace("```", ""))}
+    cls(**kw).fit(table(), val_cells=0.2, checkpoint_dir=tmp_path / "run").save(tmp_path / "model")
+    for folder in ("run", "model"):
+        config, tensors = io.read(tmp_path / folder)
+        assert {*config, *config.get("training", {}), *config["columns"], *config["tensors"]} <= names
+        assert {name for name in tensors if not any(fnmatch(name, pattern) for pattern in names)} == set()
 
 
 # resuming
@@ -215,37 +241,59 @@ def test_resume_into_another_run_is_refused(tmp_path):
 # what is wrong with a folder is said in one sentence
 
 
-def damage(folder, how):
-    config, tensors = folder / "config.json", next(folder.glob("tensors*"))
+def flip_bit(path, seed=0):
+    content = bytearray(path.read_bytes())
+    bit = int(np.random.default_rng(seed).integers(8 * len(content)))
+    content[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(content)
+
+
+def damage(folder, how, name=io.CONFIG):
+    config, tensors = folder / name, tensors_of(folder, name)
     if how == "truncated tensors":
         tensors.write_bytes(tensors.read_bytes()[:-100])
+    elif how == "empty tensors":
+        tensors.write_bytes(b"")
+    elif how == "flipped tensors":
+        flip_bit(tensors)
+    elif how == "foreign tensors":
+        tensors.write_bytes(os.urandom(tensors.stat().st_size))
     elif how == "no tensors":
         tensors.unlink()
     elif how == "no config":
         config.unlink()
     elif how == "config cut":
         config.write_text(config.read_text()[:50])
-    elif how == "no params":
-        config.write_text(json.dumps({"format": "rvi_fast", "version": 1}))
+    elif how == "config empty":
+        config.write_text("")
+    elif how == "config changed":
+        config.write_text(config.read_text().replace('"latent_dim": 4', '"latent_dim": 5'))
     elif how == "foreign":
         config.write_text('{"model_type": "bert"}')
     elif how == "newer":
-        config.write_text(json.dumps(json.loads(config.read_text()) | {"version": 99}))
+        rewrite(folder, lambda config: config.update(version=99))
     elif how == "other tensors":
-        torch_file = json.loads(config.read_text())
-        torch_file["resolved"]["hidden"] = [9]
-        config.write_text(json.dumps(torch_file))
+        rewrite(folder, lambda config: config["resolved"].update(hidden=[9]))
+
+
+DAMAGE = {
+    "truncated tensors": r"tensors-\w+.safetensors has \d+ bytes instead of \d+; restore it from a backup",
+    "empty tensors": "has 0 bytes instead of",
+    "flipped tensors": r"is damaged: its content does not have the checksum that was saved with it; restore it",
+    "foreign tensors": "does not have the checksum",
+    "no tensors": r"tensors-\w+.safetensors is missing; restore it from a backup, or fit again",
+    "config cut": r"config.json is not readable as JSON \(.*\); restore it from a backup, or fit again",
+    "config empty": "config.json is not readable as JSON",
+    "config changed": "config.json is damaged: its content does not have the checksum that it names; restore",
+}
 
 
 @pytest.mark.parametrize(
     "how, error, match",
     [
-        ("truncated tensors", ValueError, "is missing or damaged"),
-        ("no tensors", ValueError, "is missing or damaged"),
-        ("no config", FileNotFoundError, "holds no model: config.json is missing"),
-        ("no params", ValueError, "is damaged: version or params is missing"),
-        ("config cut", ValueError, "is not readable as JSON"),
-        ("foreign", ValueError, "was not written by rvi_fast"),
+        *((how, ValueError, match) for how, match in DAMAGE.items()),
+        ("no config", FileNotFoundError, "holds no model: config.json is missing; give the folder that save wrote"),
+        ("foreign", ValueError, "config.json was not written by rvi_fast; give the folder that save wrote"),
         ("newer", ValueError, "has format version 99, but this rvi_fast reads up to 1; upgrade rvi_fast"),
         ("other tensors", ValueError, "do not fit the saved settings"),
     ],
@@ -263,20 +311,205 @@ def test_the_wrong_class_is_named(tmp_path):
         RVI.load(tmp_path)
 
 
-def test_a_failed_write_keeps_the_old_model(tmp_path, monkeypatch):
-    model = RVI(**KINDS[0][1]).fit(table())
-    model.save(tmp_path)
-    expected = model.embed()
-    other = RVI(**KINDS[0][1], seed=5).fit(table())
+def test_no_flipped_bit_is_overlooked(tmp_path):
+    """Wherever it is, in the tensors or in config.json."""
+    VAD(**SMALL).fit(table(20)).save(tmp_path)
+    for path in (tensors_of(tmp_path), tmp_path / io.CONFIG):
+        whole = path.read_bytes()
+        for seed in range(50):
+            flip_bit(path, seed)
+            with pytest.raises(ValueError, match=path.name):
+                VAD.load(tmp_path)
+            path.write_bytes(whole)
+    VAD.load(tmp_path)
 
-    def full(source, target):
+
+def test_a_file_or_a_foreign_folder_is_named(tmp_path):
+    file = tmp_path / "model.pt"
+    torch.save({"weight": torch.zeros(3)}, file)
+    with pytest.raises(FileNotFoundError, match=r"model.pt holds no model: config.json is missing"):
+        RVI.load(file)
+    with pytest.raises(FileNotFoundError, match=r"holds no model: config.json is missing"):
+        RVI.load(tmp_path)
+
+
+def test_a_config_of_another_program_is_not_overwritten(tmp_path):
+    (tmp_path / io.CONFIG).write_text('{"model_type": "bert"}')
+    model = RVI(**KINDS[0][1])
+    with pytest.raises(FileExistsError, match=r"holds a config.json but no model of rvi_fast; choose another folder"):
+        model.fit(table(), checkpoint_dir=tmp_path)
+    with pytest.raises(FileExistsError, match="choose another folder"):
+        model.fit(table()).save(tmp_path)
+    assert (tmp_path / io.CONFIG).read_text() == '{"model_type": "bert"}'
+
+
+# the rotating pair
+
+
+def pair(folder, steps=8, **kw):
+    """A fit that an error ended, with the checkpoints of the last two intervals."""
+
+    def stop(model, logs):
+        if logs["step"] >= steps + 4:
+            raise Stop
+
+    with pytest.raises(Stop):
+        RVI(**KINDS[0][1] | {"epochs": 6} | kw).fit(
+            table(), checkpoint_dir=folder, checkpoint_every=4, callbacks=[stop]
+        )
+
+
+def test_a_fit_keeps_its_last_two_checkpoints(tmp_path):
+    pair(tmp_path, 12)
+    assert files(tmp_path) == ["config.json", "previous.json", "tensors", "tensors"]
+    steps = [json.loads((tmp_path / name).read_text())["training"]["step"] for name in (io.CONFIG, io.PREVIOUS)]
+    assert steps == [16, 12]
+    RVI.load(tmp_path).save(tmp_path)  # a model is one
+    assert files(tmp_path) == ["config.json", "tensors"]
+
+
+@pytest.mark.parametrize("how", [*DAMAGE, "no config"])
+def test_where_the_newest_is_damaged_the_older_one_is_used(how, tmp_path):
+    kw = KINDS[0][1] | {"epochs": 6}
+    whole = RVI(**kw).fit(table())
+    pair(tmp_path)
+    damage(tmp_path, how)
+    with pytest.warns(UserWarning, match=r".*; the checkpoint before it, of step 8, is used"):
+        assert RVI.load(tmp_path).n_steps_ == 8
+    with pytest.warns(UserWarning, match=r".*; the checkpoint before it, of step 8, is used"):
+        RVI(**kw).fit(table(), checkpoint_dir=tmp_path, resume=True, callbacks=[lambda model, logs: True])
+    with warnings.catch_warnings(action="error"):  # the damaged one is gone, and the good one in its place
+        resumed = RVI(**kw).fit(table(), checkpoint_dir=tmp_path, resume=True)
+    assert np.array_equal(resumed.embed(), whole.embed())
+    assert files(tmp_path) == ["config.json", "previous.json", "tensors", "tensors"]
+
+
+def test_two_damaged_checkpoints_are_both_named(tmp_path):
+    pair(tmp_path)
+    damage(tmp_path, "no tensors")
+    damage(tmp_path, "flipped tensors", io.PREVIOUS)
+    with pytest.raises(ValueError, match=r"is missing, and .* is damaged: .*; restore it from a backup, or fit again"):
+        RVI.load(tmp_path)
+
+
+def test_a_newer_checkpoint_is_not_stepped_over(tmp_path):
+    pair(tmp_path)
+    damage(tmp_path, "newer")
+    with pytest.raises(ValueError, match="format version 99"):
+        RVI(**KINDS[0][1] | {"epochs": 6}).fit(table(), checkpoint_dir=tmp_path, resume=True)
+
+
+def test_what_a_killed_run_leaves_is_removed_by_the_next_save(tmp_path):
+    pair(tmp_path)
+    (tmp_path / f"{io.STAGING}abc").mkdir()
+    (tmp_path / f"{io.STAGING}abc" / "config.json").write_text("{")
+    (tmp_path / "tensors-0123456789ab.safetensors").write_bytes(b"never named")
+    (tmp_path / "notes.txt").write_text("the user's own")
+    RVI(**KINDS[0][1] | {"epochs": 6}).fit(table(), checkpoint_dir=tmp_path, resume=True)
+    assert files(tmp_path) == ["config.json", "notes.txt", "previous.json", "tensors", "tensors"]
+
+
+# disks that are full, folders that cannot be written to
+
+
+FAILING = ("copyfile", "fsync", "replace")
+
+
+def fail_on(monkeypatch, name):
+    def full(*args, **kw):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(OSError, match="No space left"):
-        other.save(tmp_path)
-    assert files(tmp_path) == ["config.json", "tensors"]
-    assert np.array_equal(RVI.load(tmp_path).embed(), expected)
+    monkeypatch.setattr(io.shutil if name == "copyfile" else io.os, name, full)
+
+
+@pytest.mark.parametrize("name", FAILING)
+def test_a_failed_save_keeps_the_old_model(name, tmp_path, monkeypatch):
+    pair(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    other = RVI(**KINDS[0][1], seed=5).fit(table())
+    fail_on(monkeypatch, name)
+    match = r"cannot be written to \(No space left on device\) and is as before; free space there, or choose another"
+    with pytest.raises(OSError, match=match):
+        other.save(tmp_path, optimizer=True)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_failed_checkpoint_does_not_end_the_fit(tmp_path, monkeypatch):
+    kw = KINDS[0][1] | {"epochs": 6}
+    whole = RVI(**kw).fit(table())
+
+    def fill_the_disk(model, logs):
+        if logs["step"] == 12:
+            fail_on(monkeypatch, "fsync")
+        elif logs["step"] == 20:
+            monkeypatch.undo()
+
+    with pytest.warns(
+        UserWarning, match=r"step \d+ has no checkpoint: .* \(No space left .*; the fit goes on"
+    ) as found:
+        model = RVI(**kw).fit(table(), checkpoint_dir=tmp_path, callbacks=[fill_the_disk])
+    assert [str(w.message).split()[1] for w in found] == ["12", "16"]
+    assert np.array_equal(model.embed(), whole.embed())
+    assert io.read_config(tmp_path)["n_steps"] == 24
+
+
+QUOTA = """
+import resource, signal, sys, warnings
+import numpy as np
+from rvi_fast import RVI, io
+
+X = np.random.default_rng(0).normal(size=(200, 6))
+kw = dict(latent_dim=4, hidden=(8,), groups=(5, 10), batch_size=16, epochs=3, progress=False)
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+def quota(size):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+def later(model, logs):
+    quota(20_000 if logs["step"] == 26 else resource.RLIM_INFINITY)
+
+with warnings.catch_warnings(record=True) as found:
+    warnings.simplefilter("always")
+    RVI(**kw).fit(X, checkpoint_dir=sys.argv[1], callbacks=[later])
+print(*(w.message for w in found), sep="\\n")
+print(io.read_config(sys.argv[1])["n_steps"])
+quota(20_000)
+try:
+    RVI(**kw).fit(X).save(sys.argv[1])
+except OSError as error:
+    print(error)
+quota(resource.RLIM_INFINITY)
+print(RVI.load(sys.argv[1]).n_steps_)
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGXFSZ"), reason="no quota on the size of files here")
+def test_a_quota_costs_a_checkpoint_and_nothing_else(tmp_path):
+    """The system itself refuses to write more, in the middle of a file."""
+    run = subprocess.run([sys.executable, "-c", QUOTA, tmp_path], capture_output=True, text=True, check=True)
+    warning, step, error, again = run.stdout.splitlines()
+    assert warning.startswith("step 26 has no checkpoint: ") and "File too large" in warning
+    assert error.startswith(f"{tmp_path} cannot be written to (") and "File too large" in error
+    assert step == again == "39"
+    assert files(tmp_path) == ["config.json", "previous.json", "tensors", "tensors"]
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_training(tmp_path):
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(NotADirectoryError, match="is a file, or lies under one; give a folder"):
+            RVI(**KINDS[0][1]).fit(table(), checkpoint_dir=folder)
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder that nobody can write to")
+def test_a_folder_that_cannot_be_written_to_is_refused_before_training():
+    with pytest.raises(OSError, match=r"/proc/self cannot be written to \(.*\); choose another folder"):
+        RVI(**KINDS[0][1]).fit(table(), checkpoint_dir="/proc/self")
+
+
+def test_others_may_read_what_one_may(tmp_path):
+    RVI(**KINDS[0][1]).fit(table()).save(tmp_path)
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
 
 
 PEAK = """
