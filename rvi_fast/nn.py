@@ -335,42 +335,39 @@ class SampleRows(torch.autograd.Function):
     """z and KL straight from a posterior's table in one launch, with gradients that hold the batch's rows alone."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         posterior: RelayPosterior,
         clock: Clock | None,
         rows: Tensor,
-        draw: tuple[int, int | Tensor, bool],  # seed, step, whether to sample
+        seed: int,
+        step: int | Tensor,
+        sample: bool,
         relays: Tensor,
         *parameters: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        store, model = posterior.table.store, (posterior.groups, posterior.active)
-        z, kl, sampled = ops.relay_sample_rows(store.values, store.last, rows, clock, relays, *model, *draw)
+        store, groups, active = posterior.table.store, posterior.groups, posterior.active
+        z, kl, sampled = ops.relay_sample_rows(
+            store.values, store.last, rows, clock, relays, groups, active, seed, step, sample
+        )
         ctx.save_for_backward(relays, *sampled)
-        ctx.store, ctx.model, ctx.draw = store, model, draw
+        ctx.store, ctx.groups, ctx.active, ctx.seed, ctx.sample = store, groups, active, seed, sample
         ctx.set_materialize_grads(False)
         return z, kl
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_z: Tensor | None, grad_kl: Tensor | None) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad_z: Tensor | None, grad_kl: Tensor | None) -> Any:
         relays, *sampled = ctx.saved_tensors
-        seed, _, sample = ctx.draw
-        needs_relays, *needs_rows = ctx.needs_input_grad[4:]
+        needs_relays, *needs_rows = ctx.needs_input_grad[6:]
+        needed = any(needs_rows), needs_relays
         by_rows, by_relays = ops.relay_sample_rows_backward(
-            grad_z,
-            grad_kl,
-            ops.SampledRows(*sampled),
-            relays,
-            *ctx.model,
-            seed,
-            sample,
-            (any(needs_rows), needs_relays),
+            grad_z, grad_kl, ops.SampledRows(*sampled), relays, ctx.groups, ctx.active, ctx.seed, ctx.sample, needed
         )
-        by_columns = [None] * len(needs_rows)
+        by_columns: list[Tensor | None] = [None] * len(needs_rows)
         if by_rows is not None:
             by_columns = ctx.store.row_grads(sampled[0], by_rows, needs_rows)
-        return None, None, None, None, by_relays, *by_columns
+        return *(None,) * 6, by_relays, *by_columns
 
 
 class RelayPosterior(_RowPosterior):
@@ -425,12 +422,10 @@ class RelayPosterior(_RowPosterior):
             return super().forward(rows, sample=sample, seed=seed, step=step)
         self._check_rows(rows)
         self.table.check_read(rows)
-        draw = (
-            self.seed if seed is None else seed,
-            self.step if step is None else step,
-            self.training if sample is None else sample,
-        )
-        return SampleRows.apply(self, clock, rows.long(), draw, self.relays, *store.parameters)
+        seed = self.seed if seed is None else seed
+        step = self.step if step is None else step
+        sample = self.training if sample is None else sample
+        return SampleRows.apply(self, clock, rows.long(), seed, step, sample, self.relays, *store.parameters)
 
     forward.__doc__ = _RowPosterior.forward.__doc__
 
