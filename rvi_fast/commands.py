@@ -147,7 +147,8 @@ def _job(path: Path, file: Table | Array) -> Job:
     positions = sorted(file.numbers)
     if not positions:
         kinds = ", ".join(f"{column.name!r} ({column.note or column.kind})" for column in file.columns[:5])
-        raise ValueError(f"{path} has no column of numbers to learn from: {kinds}; give a table with numbers")
+        remedy = "the right --delimiter" if len(file.columns) == 1 and file.columns[0].kind == "text" else "numbers"
+        raise ValueError(f"{path} has no column of numbers to learn from: {kinds}; give a table with {remedy}")
     return Job(path, file, file.matrix(positions), None, positions, [file.columns[i] for i in positions])
 
 
@@ -169,14 +170,10 @@ def _load(arguments: argparse.Namespace) -> Estimator:
     name = io.read_config(arguments.model)["class"]
     if name not in classes:
         raise ValueError(f"{arguments.model} holds a {name!r}, which this rvi_fast does not know; upgrade rvi_fast")
-    model = classes[name].load(arguments.model)
+    model = classes[name].load(arguments.model, device=None if arguments.device == "auto" else arguments.device)
     model.progress = _shows_progress(arguments)
     if arguments.seed is not None:
         model.seed = arguments.seed
-    if arguments.device != "auto":
-        model.device = arguments.device
-        model._resolve_device()
-        model.model_.to(model.device_)
     return model
 
 
@@ -194,9 +191,12 @@ def _matched(path: Path, file: Table, known: Sequence[Column]) -> list[int]:
     for position in positions:
         column = file.columns[position]
         if column.kind not in ("number", "empty"):
+            remedy = "give numbers, or leave it empty"
+            if column.kind == "index":
+                remedy = "leave out its --index, or make pandas' index a column (reset_index)"
             raise ValueError(
-                f"column {column.name!r} of {path} is {column.kind}, but the model was fitted on numbers there"
-                + (f"; {column.note}" if column.note else "; give numbers, or leave it empty")
+                f"column {column.name!r} of {path} is {column.kind}, but the model was fitted on numbers there; "
+                + (column.note or remedy)
             )
     return positions
 

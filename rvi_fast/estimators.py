@@ -232,8 +232,8 @@ class Estimator:
         try:
             torch.zeros(1, device=self.device_).item()
         except (RuntimeError, AssertionError, NotImplementedError) as error:
-            device = str(self.device_)
-            raise ValueError(f"device {device!r} cannot be used here ({error}); choose 'auto' or 'cpu'") from None
+            device, why = str(self.device_), str(error).partition("\n")[0].partition(". ")[0]
+            raise ValueError(f"device {device!r} cannot be used here ({why}); choose 'auto' or 'cpu'") from None
 
     def _decoder(self) -> MLPDecoder:
         return MLPDecoder(
@@ -597,9 +597,9 @@ class Estimator:
         io.save(self, dir, rows=rows, trainer=self._fitted_by if optimizer else None)
 
     @classmethod
-    def load(cls, dir: str | os.PathLike) -> Self:
-        """Read what save wrote. Where the saved device is not to be had, the model goes to the "auto" one."""
-        return io.load(cls, dir)
+    def load(cls, dir: str | os.PathLike, device: str | torch.device | None = None) -> Self:
+        """Read what save wrote, to `device`: by default the saved one, or "auto" where that is not to be had."""
+        return io.load(cls, dir, device)
 
 
 class RowEstimator(Estimator):

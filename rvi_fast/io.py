@@ -289,8 +289,8 @@ def _read_tensors(folder: Path, config: dict[str, Any]) -> dict[str, Tensor]:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
 
 
-def load(cls: type[Estimator], dir: Any) -> Any:
-    """The estimator that `save` wrote to dir."""
+def load(cls: type[Estimator], dir: Any, device: Any = None) -> Any:
+    """The estimator that `save` wrote to dir, on the device it had or on the given one."""
     config, tensors = read(dir)
     if config["class"] != cls.__name__:
         raise ValueError(f"{dir} holds a {config['class']}; load it with rvi_fast.{config['class']}.load")
@@ -307,9 +307,14 @@ def load(cls: type[Estimator], dir: Any) -> Any:
     estimator.units_ = _units_from(tensors)
     estimator.likelihood_ = _likelihood_from(config["likelihood"])
     estimator.likelihood_.bind(estimator.n_features_in_)
+    if device is not None:
+        estimator.device = device
+        estimator._check_arguments()
     try:
         estimator._resolve_device()
     except ValueError:
+        if device is not None:
+            raise
         estimator.device = "auto"
         estimator._resolve_device()
     estimator._build(config["num_rows"] or 1, None)

@@ -146,7 +146,7 @@ class Trainer:
                     bar.update()
                     if progress.step % per_epoch == 0 or progress.step == self.total:
                         logs = self.close_epoch(time.perf_counter() - started)
-                        bar.set_postfix(loss=f"{logs['loss']:.4g}")
+                        bar.set_postfix(loss=f"{logs['loss']:.4g}", refresh=False)
                         if self.exhausted(logs):
                             progress.stopped = "early"
                         if after_epoch(logs) and progress.stopped == "running":

@@ -170,6 +170,9 @@ def test_columns_that_do_not_fit_the_model_are_named(cancer, model, tmp_path, ca
     for name, sentence in (("less", "lacks 'mean area', on which"), ("text", "'mean area' of"), ("in", "and more")):
         assert run("impute", tmp_path / f"{name}.csv", "-o", tmp_path / "o.csv", "--model", model) == 1
         assert sentence in capsys.readouterr().err
+    cancer[:3].to_csv(tmp_path / "all.csv")
+    assert run("embed", tmp_path / "all.csv", "-o", tmp_path / "o.csv", "--model", model, "--index", "mean area") == 1
+    assert "'mean area' of" in (err := capsys.readouterr().err) and "leave out its --index" in err
     with pytest.raises(SystemExit, match="2"):
         run("impute", tmp_path / "in.csv", "-o", tmp_path / "o.csv", "--model", model, "--epochs", 3)
     assert "--epochs has no effect beside --model" in capsys.readouterr().err
@@ -311,6 +314,7 @@ def test_bad_outputs_are_refused_before_any_work(tmp_path, monkeypatch, capsys, 
 def test_tables_without_numbers_and_bad_cells_are_one_sentence(tmp_path, capsys):
     for text, sentence in (
         ("a,b\nx,y\nz,\n", "has no column of numbers to learn from: 'a' (text), 'b' (text)"),
+        ("a|b\n1|2\n3|\n", "give a table with the right --delimiter"),
         ("a,b\n1,inf\n2,\n", "holds 'inf'"),
         ("a,b\n1,2,3\n2,\n", "line 2 of"),
         ("a,b\n1e200,1\n-1e200,\n", "beyond float64"),

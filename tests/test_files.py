@@ -126,6 +126,11 @@ def test_numbers_are_written_as_their_column_is(value, decimals, text):
     assert format_number(value, decimals) == text
 
 
+def test_a_quote_that_is_never_closed_makes_no_number(tmp_path):
+    table = read(written(tmp_path, 'a,b\n"1,2\n3,4\n5,6\n'))
+    assert kinds(table) == {"a": "text", "b": "number"} and "row 1 holds '\"1'" in table.columns[0].note
+
+
 def test_markers_count_as_text_and_as_numbers(tmp_path):
     table = read(written(tmp_path, "a,b\n-999,x\n-999.0,-\n7,y\n"), ReadOptions(missing=("-999", "-")))
     np.testing.assert_array_equal(table.numbers[0], [np.nan, np.nan, 7])
@@ -156,7 +161,8 @@ def test_options_of_the_reader(tmp_path):
         ("a,b\n\n1,2\n3\n", "line 4 of .* has 1 cell, but the first line has 2"),
         ('a,b\n"1\n",2\n3\n', "line 4 of .* has 1 cell,"),
         ("a,b\n1,é\n".encode("latin-1"), r"is not UTF-8 \(byte 6 is 0xe9\); convert it"),
-        ("a,b\n1,2\n".encode("utf-16"), "is not UTF-8"),
+        ("a,b\n1,2\n".encode("utf-16"), "is not UTF-8 .* iconv -f UTF-16 -t UTF-8"),
+        ('a,b\n"x,y",\ufdd0\n', r"holds U\+FDD0"),
         (b"a,b\n1,\0\n", "holds zero bytes"),
         ("a,b\n1,inf\n", "row 1 of column 'b' of .* holds 'inf'"),
         ("a,b\n1,2\n1,-1e999\n", "row 2 of column 'b' of .* holds '-1e999'"),
@@ -236,9 +242,25 @@ def test_parquet_of_other_writers(tmp_path):
     assert list(table.row_labels()) == [0, 1, 2]
 
 
+@pytest.mark.parametrize("kind", [pa.null(), pa.string(), pa.date32(), pa.timestamp("s")])
+def test_an_empty_column_of_another_type_takes_no_numbers(tmp_path, kind):
+    pq.write_table(pa.table({"a": pa.array([None, None], kind), "b": [1.0, 2.0]}), tmp_path / "a.parquet")
+    table = read(tmp_path / "a.parquet")
+    assert kinds(table) == {"a": "empty", "b": "number"}
+    with pytest.raises(ValueError, match=r"column 'a' is of type \S+, which cannot hold numbers; write it as float64"):
+        table.write(tmp_path / "b.parquet", {0: np.ones(2)}, {})
+    assert not (tmp_path / "b.parquet").exists()
+
+
 def test_bad_parquet_is_one_sentence(tmp_path):
     with pytest.raises(ValueError, match="cannot be read as parquet"):
         read(written(tmp_path, "a,b\n", "a.parquet"))
+    pq.write_table(pa.table({"a": [1.5, None]}), tmp_path / "flipped.parquet")
+    content = bytearray((tmp_path / "flipped.parquet").read_bytes())
+    content[4:20] = bytes(0xFF ^ byte for byte in content[4:20])  # the head of the first page
+    (tmp_path / "flipped.parquet").write_bytes(content)
+    with pytest.raises(ValueError, match=r"^[^\n]*flipped.parquet cannot be read as parquet: [^\n]+$"):
+        read(tmp_path / "flipped.parquet")
     pq.write_table(pa.table({"a": pa.array([], pa.int64())}), tmp_path / "empty.parquet")
     with pytest.raises(ValueError, match="has no rows"):
         read(tmp_path / "empty.parquet")
@@ -302,6 +324,7 @@ def test_bad_arrays_are_one_sentence(tmp_path):
     np.save(tmp_path / "x.npy", np.eye(3))
     np.save(tmp_path / "complex.npy", np.eye(3) * 1j)
     np.savez(tmp_path / "a.npz", x=np.eye(2))
+    np.savez(tmp_path / "none.npz")
     (tmp_path / "cut.npy").write_bytes((tmp_path / "x.npy").read_bytes()[:-9])
     (tmp_path / "cut.npz").write_bytes((tmp_path / "a.npz").read_bytes()[:-9])
     (tmp_path / "not.npz").write_bytes((tmp_path / "x.npy").read_bytes())
@@ -311,6 +334,7 @@ def test_bad_arrays_are_one_sentence(tmp_path):
         ("cut.npy", {}, "is damaged"),
         ("cut.npz", {}, "is damaged"),
         ("not.npz", {}, "no npz file"),
+        ("none.npz", {}, "has no array; it has none"),
         ("a.npz", {"key": "y"}, "has no array 'y'; it has x"),
         ("x.npy", {"mask": str(tmp_path / "vector.npy")}, r"must be a bool array of shape \[3, 3\].* got float64 of"),
         ("x.npy", {"key": "y"}, "--key has no meaning for x.npy"),
@@ -341,6 +365,8 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
 
     with pytest.raises(OSError, match=r"table.csv cannot be written: No space left on device; nothing was changed"):
         fail()
+    with pytest.raises(OSError, match="the disk may be full"), files.replacing(path):
+        raise OSError("9 requested and 4 written")  # what numpy says
     with pytest.raises(KeyboardInterrupt), files.replacing(path) as part:
         part.write_text("half")
         raise KeyboardInterrupt

@@ -114,6 +114,16 @@ def test_a_device_that_is_not_here_becomes_auto(tmp_path):
     assert RVI.load(tmp_path).device == "auto"
 
 
+def test_a_device_that_is_asked_for_is_used_or_an_error(tmp_path):
+    RVI(**KINDS[0][1]).fit(table()).save(tmp_path)
+    rewrite(tmp_path, lambda config: config["params"].update(device="cuda:99"))
+    assert RVI.load(tmp_path, device="cpu").device == "cpu"
+    for device, sentence in (("cuda:98", "'cuda:98' cannot be used here"), ("toaster", "device must be 'auto' or")):
+        with pytest.raises(ValueError, match=sentence) as caught:
+            RVI.load(tmp_path, device=device)
+        assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("cls, kw", KINDS)
 def test_every_key_and_tensor_is_documented(cls, kw, tmp_path):
     text = (Path(__file__).parent.parent / "docs" / "checkpoints.md").read_text(encoding="utf-8")
