@@ -17,7 +17,7 @@ def test_random_kills_lose_nothing(tmp_path):
 
 
 def test_a_kill_at_any_point_of_a_write_loses_nothing(tmp_path):
-    """Right before every second use of the folder, from the start of a resumed fit until its first checkpoint is done."""
+    """Before every second use of the folder, from the start of a resumed fit until its first checkpoint is done."""
     whole, first = tmp_path / "whole", tmp_path / "first"
     kills.finish(kills.fit, whole)
     kills.finish(kills.fit, first, None, 90)
