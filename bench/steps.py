@@ -86,7 +86,8 @@ class RowAdamStep:
         optimizer.zero_grad()
         nll, kl = model(rows, x[rows], mask[rows])
         model.row_loss(nll, kl).mean().backward()
-        return optimizer.step()
+        optimizer.step()
+        model.posterior.table.store.columns[0].clock.reserve(STEPS_AHEAD)  # replays of a graph cannot ask for room
 
 
 class DenseAdamStep:

@@ -132,13 +132,6 @@ def follow(p, m, v, last, missed, history_ptr, capacity, counters_ptr, constants
 
 
 @triton.jit
-def catch_up(p, m, v, last, history_ptr, capacity, counters_ptr, constants_ptr, CLOSED_FORM: tl.constexpr):
-    """Rows p, m, v [R, C] last touched at `last` (int64 [R]) as dense AdamW would have left them by now."""
-    missed = missed_by(last, history_ptr, capacity, counters_ptr, constants_ptr, CLOSED_FORM, p.dtype)
-    return follow(p, m, v, last, missed, history_ptr, capacity, counters_ptr, constants_ptr, CLOSED_FORM)
-
-
-@triton.jit
 def step_sizes(step, constants_ptr, rates_ptr, dtype: tl.constexpr):
     """What AdamW's step number `step` (float64, [] or [R, 1]) needs: how far p, m, v move. Computed in float64."""
     beta1, beta2 = tl.load(constants_ptr), tl.load(constants_ptr + 1)
@@ -157,9 +150,3 @@ def stepped(p, m, v, grad, sizes):
     m += gain1 * (grad - m)
     v += gain2 * (grad * grad - v)
     return p * keep - size * m / (tl.sqrt(v) * stretch + eps), m, v
-
-
-@triton.jit
-def adamw_step(p, m, v, grad, step, constants_ptr, rates_ptr):
-    """AdamW's step number `step` (float64, [] or [R, 1]) of p, m, v with grad [R, C] (reference.adamw_step)."""
-    return stepped(p, m, v, grad, step_sizes(step, constants_ptr, rates_ptr, p.dtype))

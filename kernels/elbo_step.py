@@ -417,6 +417,8 @@ def elbo_finish_kernel(
     """Program 0 adds up the losses and advances clock and noise; the others step the shared parameters."""
     program = tl.program_id(0)
     batch = tl.load(count_ptr)
+    if batch == 0:  # then nobody has counted Adam's step either, whose number the update divides by
+        return
     programs = tl.minimum(tl.cdiv(batch, R), most_programs).to(tl.int32)  # those that had rows
     if program == 0:
         add_losses(losses_ptr, loss_ptr, noise_step_ptr, batch, programs)
@@ -480,7 +482,7 @@ def elbo_rows(
                 ALIGN=unit, STEPS=triton.next_power_of_2(len(weight_steps)),
                 CLOSED_FORM=closed_form, GATHERED=gathered,
                 ACTIVATION=activation, LINEAR_PATH=linear_path, LIKELIHOOD=likelihood, LEARNED=learned,
-                MASK=mask_kind, PRECISION=dot_precision(values.dtype, values.device),
+                MASK=mask_kind, PRECISION=dot_precision(values.dtype),
                 num_warps=8, num_stages=1, enable_fp_fusion=True,
             )  # fmt: skip
     return partials, losses

@@ -181,7 +181,7 @@ def linear_masked_gaussian_nll(
         linear_masked_gaussian_nll_kernel[(row_blocks, splits)](
             h, weight, bias, x, mask, scale, nll, B, D, H, tiles,
             h.stride(0), weight.stride(0), bias.stride(0), x_stride, mask_stride, scale.stride(0), float(x_scale),
-            MASK=kind, PRECISION=dot_precision(h.dtype, h.device), ROWS=tile.side, COLUMNS=tile.columns,
+            MASK=kind, PRECISION=dot_precision(h.dtype), ROWS=tile.side, COLUMNS=tile.columns,
             CHUNK=_tile(H, h.dtype).chunk, enable_fp_fusion=True,
         )  # fmt: skip
     return nll[0] if splits == 1 else nll.sum(0)
@@ -207,7 +207,7 @@ def linear_masked_gaussian_nll_by_h(
         linear_masked_gaussian_nll_by_h_kernel[(row_blocks, splits)](
             grad, h, weight, bias, x, mask, scale, dh, B, D, H, tiles,
             grad.stride(0), h.stride(0), weight.stride(0), bias.stride(0), x_stride, mask_stride, scale.stride(0),
-            float(x_scale), MASK=kind, PRECISION=dot_precision(h.dtype, h.device),
+            float(x_scale), MASK=kind, PRECISION=dot_precision(h.dtype),
             ROWS=tile.side, COLUMNS=tile.columns, CHUNK=tile.chunk, WIDTH=tile.width,
             num_warps=tile.warps, enable_fp_fusion=True,
         )  # fmt: skip
@@ -237,7 +237,7 @@ def linear_masked_gaussian_nll_by_layer(
         linear_masked_gaussian_nll_by_layer_kernel[(splits, column_blocks)](
             grad, h, weight, bias, x, mask, scale, *parts, B, D, H, tiles,
             grad.stride(0), h.stride(0), weight.stride(0), bias.stride(0), x_stride, mask_stride, scale.stride(0),
-            float(x_scale), MASK=kind, PRECISION=dot_precision(h.dtype, h.device),
+            float(x_scale), MASK=kind, PRECISION=dot_precision(h.dtype),
             ROWS=ROWS, COLUMNS=tile.side, CHUNK=tile.chunk, WIDTH=tile.width,
             num_warps=tile.warps, enable_fp_fusion=True,
         )  # fmt: skip

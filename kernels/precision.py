@@ -5,14 +5,15 @@ import triton
 import triton.language as tl
 
 
-def dot_precision(dtype: torch.dtype, device: torch.device) -> str:
+def dot_precision(dtype: torch.dtype) -> str:
     """What tl.dot's input_precision must be for torch's own matmul accuracy, as the user set it.
 
-    A CPU (the interpreter, which is exact; the static report) stands for a GPU of the vendor that torch is built for.
+    On GPUs of the vendor that torch is built for; a build for none counts as NVIDIA's.
     """
     if dtype != torch.float32 or torch.version.hip is not None:
         return "ieee"
-    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    # follows torch.set_float32_matmul_precision too; torch.get_float32_matmul_precision raises once this one is set
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
 
 
 @triton.jit

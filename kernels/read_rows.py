@@ -23,7 +23,9 @@ def read_rows_kernel(
     i = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # int64: row * stride may pass 2**31
     row = tl.load(rows_ptr + i, mask=i < B, other=-1).to(tl.int64)
     in_table = (row >= 0) & (row < N)
-    row_ptr, row_out_ptr = values_ptr + row[:, None] * row_stride, out_ptr + i[:, None] * out_stride
+    row_ptr, p_ptr = values_ptr + row[:, None] * row_stride, out_ptr + i[:, None] * out_stride
+    m_ptr = p_ptr + out_slot_stride
+    v_ptr = m_ptr + out_slot_stride  # twice the stride may pass 2**31
     columns = tl.arange(0, BLOCK)[None, :]
     p, m, v = load_columns(row_ptr, slot_stride, columns, in_table[:, None] & (columns < C))
     last = tl.load(last_ptr + row, mask=in_table, other=0).to(tl.int64)
@@ -33,10 +35,10 @@ def read_rows_kernel(
         ahead = load_columns(row_ptr, slot_stride, coming, in_table[:, None] & (coming < C))  # arrives meanwhile
         p, m, v = follow(p, m, v, last, missed, history_ptr, capacity, counters_ptr, constants_ptr, CLOSED_FORM)
         there = (i < B)[:, None] & (at < C)
-        tl.store(row_out_ptr + at, tl.where(in_table[:, None], p, float("nan")), mask=there)
+        tl.store(p_ptr + at, tl.where(in_table[:, None], p, float("nan")), mask=there)
         if MOMENTS:
-            tl.store(row_out_ptr + out_slot_stride + at, tl.where(in_table[:, None], m, float("nan")), mask=there)
-            tl.store(row_out_ptr + 2 * out_slot_stride + at, tl.where(in_table[:, None], v, float("nan")), mask=there)
+            tl.store(m_ptr + at, tl.where(in_table[:, None], m, float("nan")), mask=there)
+            tl.store(v_ptr + at, tl.where(in_table[:, None], v, float("nan")), mask=there)
         p, m, v = ahead
 
 

@@ -186,6 +186,7 @@ def relay_sample_kernel(
         sigma = tl.exp(log_std)
         kl += tl.sum(tl.where(inside, 0.5 * (mean * mean + sigma * sigma - 1.0) - log_std, 0.0), axis=1)
         if mean_ptr is not None:
+            tl.debug_barrier()  # it may lie where the residual did, which threads with a copy of the tile may yet read
             tl.store(mean_ptr + row[:, None] * mean_stride + t[None, :], mean, mask=inside)
         if (noise_ptr is not None) or (step_ptr is not None):
             noise = noise_of(
@@ -218,7 +219,7 @@ def sample_backward(
         inside = in_batch[:, None] & (t < T)[None, :]
         grad_z = tl.zeros([row.shape[0], BLOCK_T], dtype)
         if grad_z_ptr is not None:
-            at = row[:, None] * grad_z_row + (t * grad_z_latent)[None, :]
+            at = row[:, None] * grad_z_row + t[None, :].to(tl.int64) * grad_z_latent
             grad_z = tl.load(grad_z_ptr + at, mask=inside, other=0.0)
         mean = tl.load(mean_ptr + row[:, None] * mean_stride + t[None, :], mask=inside, other=0.0)
         at = row[:, None] * grad_mean_stride + t[None, :]
@@ -417,7 +418,7 @@ def _sample(
             B, K, T, parts.groups, parts.bytes, parts.active,
             ROWS=how.rows, ROWS_AT_ONCE=rows_at_once, GROUPS_AT_ONCE=groups_at_once, GROUP=parts.size,
             BLOCK_K=block_k, BLOCK_T=block_t, BLOCK_C=_block(C, 16, max(16, 4 * READ // (relays.itemsize * how.rows))),
-            DOT=how.dot, PRECISION=dot_precision(relays.dtype, relays.device), CLOSED_FORM=closed_form,
+            DOT=how.dot, PRECISION=dot_precision(relays.dtype), CLOSED_FORM=closed_form,
             enable_fp_fusion=True,
         )  # fmt: skip
     return z, kl, bits, drawn_at
@@ -462,6 +463,7 @@ def _backward(
     how = plan(B, K, K, relays.dtype)
     block_t, block_k = how.blocks(T, K, relays.itemsize)
     rows, step, seed, tag = drawn or (None, None, 0, 0)
+    rows = None if rows is None else rows.contiguous()
     with torch.cuda.device_of(relays):
         relay_sample_backward_kernel[(triton.cdiv(B, how.rows),)](
             grad_z, *((0, 0) if grad_z is None else grad_z.stride()), grad_kl, _row_stride(grad_kl),
@@ -469,7 +471,7 @@ def _backward(
             relays, parts.table, bits, grad_coef, _row_stride(grad_coef), grad_mean, grad_mean.stride(0),
             grad_log_std, _row_stride(grad_log_std), grad_noise, B, K, T, parts.groups, parts.bytes,
             ROWS=how.rows, BLOCK_K=block_k, BLOCK_T=block_t, NOISE_T=_block(T, 4, 64),
-            DOT=how.dot, PRECISION=dot_precision(relays.dtype, relays.device), enable_fp_fusion=True,
+            DOT=how.dot, PRECISION=dot_precision(relays.dtype), enable_fp_fusion=True,
         )  # fmt: skip
 
 
@@ -492,7 +494,7 @@ def relays_grad(coef: Tensor, bits: Tensor, grad_mean: Tensor, groups: Groups, a
             coef, coef.stride(0), bits, grad_mean, grad_mean.stride(0), parts.table, partial,
             B, K, T, parts.groups, parts.bytes, rows_of_split,
             ROWS=rows, BLOCK_K=block_k, BLOCK_T=block_t, DOT=dot,
-            PRECISION=dot_precision(coef.dtype, coef.device), enable_fp_fusion=True,
+            PRECISION=dot_precision(coef.dtype), enable_fp_fusion=True,
         )  # fmt: skip
     return partial[0] if splits == 1 else partial.sum(0)
 

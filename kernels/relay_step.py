@@ -152,7 +152,7 @@ def relay_step_(
             state, bits, step, seed % 2**64, tag, relays, parts.table, missed, latents,
             history.shape[1], B, values.shape[0], K, T, values.stride(0), values.stride(1), parts.groups, parts.bytes,
             ROWS=how.rows, BLOCK=BLOCK, BLOCK_T=block_t, NOISE_T=max(4, min(64, triton.next_power_of_2(T))),
-            DOT=how.dot, PRECISION=dot_precision(relays.dtype, relays.device), CLOSED_FORM=closed_form,
+            DOT=how.dot, PRECISION=dot_precision(relays.dtype), CLOSED_FORM=closed_form,
             enable_fp_fusion=True,
         )  # fmt: skip
     return relays_grad(state[:, :K], bits, latents[:, :T], groups, active)

@@ -64,8 +64,8 @@ class _OnDevice:
         counters = [0, steps, NEVER if window is None else window, EARLY_STEPS if usual else NEVER]
         constants = [hyper.beta1, hyper.beta2, *hyper.logs(), hyper.eps]
         self.history = torch.zeros(6, self.capacity, dtype=torch.float64, device=device)
-        self.counters = torch.tensor(counters, device=device)
-        self.constants = torch.tensor(constants, dtype=torch.float64, device=device)
+        self.counters = torch.tensor(counters).to(device, non_blocking=True)
+        self.constants = torch.tensor(constants, dtype=torch.float64).to(device, non_blocking=True)
         self.rates = torch.zeros(2, dtype=torch.float64, device=device)
 
     @classmethod

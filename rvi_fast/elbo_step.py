@@ -26,7 +26,8 @@ class ElboStep:
     replaces these (model.to, optimizer.load_state_dict) asks for a new ElboStep.
 
     A step waits for nothing and takes its learning rates from the device, so that a CUDA graph can hold it:
-    `make_room` for the steps ahead of the capture, `set_rates` before each replay, and tell `replayed` of them.
+    `make_room` for the steps ahead of the capture, `set_rates` before each replay, and tell `replayed` of them. The
+    model's kl_weight stays as it was at the capture.
     """
 
     def __init__(self, model: RowModel, optimizer: RowAdam):
@@ -43,6 +44,7 @@ class ElboStep:
         self.shared = self._pack()
         self.rates: list[tuple[float, float]] = []  # as written to the device, for the clock `rated`
         self.rated: Clock | None = None
+        self.version = 0  # of the clock's rates then; a RowAdam.step() writes them too
         self.counts: dict[int, Tensor] = {}  # batch sizes seen, on the device
         self._start_table()
         self.set_rates()
@@ -93,9 +95,10 @@ class ElboStep:
         """Write lr and weight_decay of the optimiser's groups where the step to come reads them."""
         settings = [self.optimizer.param_groups[group] for group in self.groups]
         rates = [(float(group["lr"]), float(group["weight_decay"])) for group in settings]
-        if rates != self.rates or self.clock is not self.rated:
-            self.rates, self.rated = rates, self.clock
-            self.clock.set_rates(*rates[0])
+        clock = self.clock
+        if rates != self.rates or clock is not self.rated or clock.rates._version != self.version:
+            clock.set_rates(*rates[0])
+            self.rates, self.rated, self.version = rates, clock, clock.rates._version
             for at, value in zip(self.shared.rates.view(-1), (*rates[1], *rates[2]), strict=True):
                 at.fill_(value)
 
@@ -127,7 +130,7 @@ class ElboStep:
 
         x [N, D], of any dtype, is read at `rows` and multiplied by x_scale; `gathered`: x [B, D] holds the batch alone.
         mask: bool, or its bits (uint8 [.., ceil(D / 8)]), or None for NaN in x. count: int64 [], how many of `rows` are
-        there; they come first.
+        there, 1 or more; they come first.
         """
         self._check_memory()
         self.make_room(1)
@@ -135,7 +138,8 @@ class ElboStep:
         if count is None:
             count = self._count(len(rows))
         batch = Batch(rows, count, x, mask, float(x_scale), gathered)
-        elbo_step_(self.table(), batch, self.shared, self.form)
+        form = self.form._replace(kl_weight=float(self.model.kl_weight))
+        elbo_step_(self.table(), batch, self.shared, form)
         if len(rows):
             self.replayed(1)
         return self.shared.loss[0, 0], self.shared.loss[0, 1]

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from . import arguments, ops
 from .clock import Clock
@@ -118,6 +117,7 @@ class RowTable(nn.Module):
     def check_read(self, rows: Tensor) -> None:
         """Raise unless rows can be read as they are, and trained if their gradient is wanted."""
         ops.check_rows(rows, self.num_rows)
+        ops.check_one_device(table=self.store.values, rows=rows)
         if not torch.compiler.is_compiling():
             self._check_memory()
         if self._needs_grad():
@@ -356,7 +356,7 @@ class SampleRows(torch.autograd.Function):
         return z, kl
 
     @staticmethod
-    @once_differentiable
+    @ops.differentiable_once
     def backward(ctx: Any, grad_z: Tensor | None, grad_kl: Tensor | None) -> Any:
         relays, *sampled = ctx.saved_tensors
         needs_relays, *needs_rows = ctx.needs_input_grad[6:]

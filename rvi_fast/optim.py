@@ -103,19 +103,22 @@ class RowAdam(torch.optim.Optimizer):
         params = [p for p in group["params"] if not isinstance(p, RowParameter) and p.grad is not None]
         if not params:
             return
+        on_gpu = all(p.is_cuda and p.is_floating_point() for p in params)  # one launch, and a CUDA graph may hold it
         for p in params:
-            if not self.state[p]:
-                self.state[p] = dict(
-                    step=torch.tensor(0.0), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p)
-                )
-        state = [self.state[p] for p in params]
+            state = self.state[p]
+            if not state:
+                state.update(step=torch.tensor(0.0), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+            if on_gpu:
+                state["step"] = state["step"].to(p.device)
+        states = [self.state[p] for p in params]
         adamw(
             params,
             [p.grad for p in params],
-            [s["exp_avg"] for s in state],
-            [s["exp_avg_sq"] for s in state],
+            [s["exp_avg"] for s in states],
+            [s["exp_avg_sq"] for s in states],
             [],
-            [s["step"] for s in state],
+            [s["step"] for s in states],
+            fused=on_gpu or None,  # None: as torch chooses
             amsgrad=False,
             beta1=group["betas"][0],
             beta2=group["betas"][1],

@@ -101,8 +101,12 @@ class RowStore:
         return self.values.shape[2]
 
     def up_to_date(self) -> bool:
-        """Whether what is stored is what a read would give, for every row."""
-        return all(column.clock.index == 0 for column in self.columns)
+        """Whether what is stored is what a read would give, for every row; in a CUDA graph, at its replays too."""
+        return all(column.clock.index == 0 for column in self.columns) and not (self.columns and self._in_graph())
+
+    def _in_graph(self) -> bool:
+        compiling = torch.compiler.is_compiling()
+        return self.values.is_cuda and not compiling and torch.cuda.is_current_stream_capturing()
 
     def blocks(self) -> Iterator[slice]:
         """All rows, in slices of bounded size."""
@@ -132,6 +136,7 @@ class RowStore:
 
     def row_grads(self, rows: Tensor, grad: Tensor, needed: Sequence[bool]) -> list[RowGrad | None]:
         """The gradient [B, C] of rows as that of each column range that needs it."""
+        rows = rows.clone()  # the caller may fill its own anew before the step
         return [
             RowGrad(rows, grad[:, span].contiguous().clone(), self.num_rows) if n else None
             for span, n in zip(self.slices, needed, strict=True)

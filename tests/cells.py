@@ -32,8 +32,8 @@ def holes(x: Tensor, mask: Tensor, form: str) -> tuple[Tensor, Tensor | None]:
 def loss_of(nll: Tensor, row_weights: str) -> tuple[Tensor, Tensor]:
     """A loss of nll [B], and the gradient that it sends to each row."""
     weight = {"expanded": 1.0, "twice": 2.0}.get(row_weights)
-    per_row = torch.arange(1, len(nll) + 1) if weight is None else torch.full((len(nll),), weight)
-    per_row = per_row.to(nll)
+    on = {"dtype": nll.dtype, "device": nll.device}  # made there: a graph that is being captured copies nothing over
+    per_row = torch.arange(1, len(nll) + 1, **on) if weight is None else torch.full((len(nll),), weight, **on)
     return (nll.sum() if row_weights == "expanded" else (nll * per_row).sum()), per_row
 
 

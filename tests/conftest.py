@@ -25,6 +25,13 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("needs triton and a GPU, or TRITON_INTERPRET=1")
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """The tests of other operators run beside these (bench/on_gpu.sh) and need their share of the memory."""
+    if torch.cuda.is_available() and torch.cuda.memory_reserved() > 1 << 30:
+        torch.cuda.empty_cache()
+
+
 @pytest.fixture(params=["torch", pytest.param("triton", marks=pytest.mark.triton)])
 def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
     """Runs a test once with each backend in force, on a device that this backend runs on."""

@@ -14,6 +14,7 @@ from rvi_fast.elbo_step import ElboStep
 from rvi_fast.likelihoods import Bernoulli, Gaussian
 from rvi_fast.model import RowModel
 from rvi_fast.nn import MeanFieldPosterior, MLPDecoder, RelayPosterior
+from rvi_fast.ops import elbo
 from rvi_fast.ops.elbo import Batch, elbo_step_
 from rvi_fast.optim import RowAdam
 
@@ -263,6 +264,50 @@ def test_new_rates_reach_the_next_step():
     assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
 
 
+def test_rates_that_a_row_adam_wrote_in_between_are_written_anew(device):
+    x, mask = (t.to(device) for t in make_data(dtype=exact(device)))
+    model = make_model(dtype=exact(device)).to(device)
+    optimizer = make_optimizer(model)
+    step = ElboStep(model, optimizer)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for lr in (rates, [0.0] * len(rates), rates):
+        for group, value in zip(optimizer.param_groups, lr, strict=True):
+            group["lr"] = value
+        if lr is rates:
+            step.step(torch.tensor([1], device=device), x, mask)
+            assert step.clock.rates[0] == rates[0]
+        else:
+            optimizer.zero_grad()
+            torch.cat(model(torch.tensor([1], device=device), x[1:2], mask[1:2])).sum().backward()
+            optimizer.step()
+
+
+def test_a_new_kl_weight_reaches_the_next_step():
+    x, mask = make_data()
+    models = [make_model() for _ in range(2)]
+    optimizers = [make_optimizer(model) for model in models]
+    step = ElboStep(models[1], optimizers[1])
+    for model in models:
+        model.kl_weight = 0.1
+    train_apart(models[0], optimizers[0], x, mask, batches((12,)))
+    step.step(batches((12,))[0], x, mask)
+    truth = state_of(models[0], optimizers[0])
+    assert_near(state_of(models[1], optimizers[1]), truth, truth, 1e-11)
+
+
+@pytest.mark.triton
+def test_a_count_of_zero_leaves_the_shared_parameters():
+    """It is refused, but on a GPU nobody looks."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = make_model(dtype=exact(device)).to(device)
+    step = ElboStep(model, make_optimizer(model))
+    before = step.shared.weights.clone()
+    x, mask = (t.to(device) for t in make_data(dtype=exact(device)))
+    none, rows = torch.zeros((), dtype=torch.int64, device=device), torch.arange(3, device=device)
+    elbo.launch(step.table(), Batch(rows, none, x, mask, 1.0, False), step.shared, step.form)
+    assert torch.equal(step.shared.weights, before) and step.clock.counters[0] == 0
+
+
 def test_room_is_made_when_the_clock_is_full(monkeypatch):
     monkeypatch.setattr("rvi_fast.elbo_step.MAX_STEPS_BEHIND", 2)
     check(torch.device("cpu"))
@@ -380,6 +425,10 @@ def test_says_which_optimizers_it_cannot_follow():
     [
         ({"rows": torch.tensor([N])}, IndexError, "rows must lie in 0 .. 19; got 20"),
         ({"rows": torch.tensor([0.5])}, TypeError, "rows must be an int64 tensor"),
+        ({"rows": torch.tensor([3, 3])}, ValueError, "rows must not repeat within a step"),
+        ({"count": torch.tensor(0)}, ValueError, r"count must lie in 1 .. 1, the number of rows; got 0"),
+        ({"count": torch.tensor(2)}, ValueError, r"count must lie in 1 .. 1, the number of rows; got 2"),
+        ({"x": torch.zeros(N - 1, 19)}, ValueError, "x must have shape"),
         ({"x": torch.zeros(N, 3)}, ValueError, r"x must have shape \[rows = 20, 19\]|x must have shape"),
         ({"mask": torch.ones(N, 19)}, TypeError, "mask must be a bool tensor"),
         ({"mask": torch.ones(3, 19, dtype=torch.bool)}, ValueError, "mask must have shape"),

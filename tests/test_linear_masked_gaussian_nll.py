@@ -215,11 +215,44 @@ def test_opcheck(device):
     torch.library.opcheck(operators.linear_masked_gaussian_nll.default, (*t.values(), 0.5))
 
 
+def test_autocast_takes_what_a_layer_before_gave(device):
+    tensors = example(70, 65, 64, dtype=torch.float32, device=device)
+    before = torch.eye(64, device=device)
+    expected = linear_masked_gaussian_nll(**tensors)
+    with torch.autocast(device.type, torch.bfloat16):
+        given = tensors | {"h": tensors["h"] @ before}
+        assert given["h"].dtype == torch.bfloat16
+        nll = linear_masked_gaussian_nll(**given)
+    assert nll.dtype == torch.float32
+    torch.testing.assert_close(nll, expected, rtol=0.05, atol=0)
+
+
 def test_compiles_into_one_graph(device):
     torch.compiler.reset()  # a graph keeps the backend that it was traced with
     tensors = example(device=device)
     compiled = torch.compile(linear_masked_gaussian_nll, fullgraph=True, backend="aot_eager")
     assert all(map(torch.equal, run(tensors), run(tensors, operator=compiled)))
+
+
+@pytest.mark.triton
+def test_precision_follows_both_of_torchs_settings():
+    from rvi_fast.kernels.precision import dot_precision
+
+    def precision() -> str:
+        return dot_precision(torch.float32)
+
+    if torch.version.hip:
+        pytest.skip("AMD's has no TF32")
+    try:
+        torch.set_float32_matmul_precision("high")
+        assert precision() == "tf32"
+        torch.set_float32_matmul_precision("highest")
+        assert precision() == "tf32x3"
+        torch.backends.cuda.matmul.fp32_precision = "tf32"  # after this torch.get_float32_matmul_precision() raises
+        assert precision() == "tf32"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
+        torch.set_float32_matmul_precision("highest")
 
 
 @pytest.mark.gpu

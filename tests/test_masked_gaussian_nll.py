@@ -254,7 +254,7 @@ def test_what_the_kernel_leaves_to_torch(device):
             masked_gaussian_nll(xhat, x, mask, scale)
         nll = masked_gaussian_nll(xhat, x.detach(), mask, scale)
         (dxhat,) = torch.autograd.grad(nll.sum(), xhat, create_graph=True)
-        with pytest.raises(RuntimeError, match=r"does not require grad|once_differentiable"):
+        with pytest.raises(RuntimeError, match="gradients of a kernel cannot be differentiated again"):
             dxhat.sum().backward()
     else:
         nll = masked_gaussian_nll(xhat, x, mask, scale)

@@ -91,6 +91,19 @@ def test_lazy_rows_take_one_after_the_other(device, monkeypatch):
         torch.testing.assert_close(got, right, rtol=1e-12, atol=1e-12)
 
 
+def test_repeated_rows_raise(device):
+    model = Model(device, torch.float64, (7,), 5)
+    arguments = model.arguments(rows=2)
+    arguments["rows"] = arguments["rows"][:1].repeat(2)
+    _, _, sampled = ops.relay_sample_rows(**arguments)
+    if device.type != "cpu":
+        pytest.skip("a GPU would have to wait")
+    keys = [arguments[n] for n in ("relays", "groups", "active", "seed", "sample")]
+    columns = [Columns(0, model.values.shape[2], model.clock)]
+    with pytest.raises(ValueError, match="rows must not repeat within a step"):
+        ops.relay_step_(model.values, model.last, columns, *gradients(model, 2, 5), sampled, *keys, [1e-2], [0.1])
+
+
 def test_no_rows_are_a_step_too(device):
     model = Model(device, torch.float32, (7,), 5)
     before = model.values.cpu().clone()

@@ -726,3 +726,20 @@ def test_row_adam_checks_rows(rows, error, message):
     with pytest.raises(error, match=message):
         functional.row_adam_(values, last, torch.tensor(rows), torch.ones(3, 2), columns, [0.1], [0.0])
     assert torch.equal(values, torch.ones(4, 3, 2)) and columns[0].clock.steps == 0
+
+
+@pytest.mark.gpu
+def test_ordinary_parameters_step_in_a_graph_as_outside():
+    start = torch.randn(5, generator=torch.Generator().manual_seed(0)).cuda()
+    captured, eager = (torch.nn.Parameter(start.clone()) for _ in range(2))
+    optimizers = [RowAdam([p], lr=0.1) for p in (captured, eager)]
+    captured.grad, eager.grad = torch.ones_like(start), torch.ones_like(start)
+    graph = torch.cuda.CUDAGraph()
+    for optimizer in optimizers:
+        optimizer.step()
+    with torch.cuda.graph(graph):
+        optimizers[0].step()
+    for _ in range(3):
+        graph.replay()
+        optimizers[1].step()
+    torch.testing.assert_close(captured, eager)

@@ -290,3 +290,26 @@ def test_training_a_table_waits_for_nothing():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert table.store.columns[0].clock.counters[0] == 3
+
+
+@pytest.mark.gpu
+def test_a_read_captured_when_no_row_was_behind_is_up_to_date_in_its_replays():
+    table = RowTable(50, 5).cuda()
+    optimizer = RowAdam(table.parameters(), lr=0.1)
+    ids = torch.tensor([3, 7], device="cuda")
+
+    def step() -> None:
+        optimizer.zero_grad()
+        table(ids[:1].repeat(2)).square().sum().backward()
+        optimizer.step()
+
+    step()
+    step()
+    table.store.flush()
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph):
+        read = table(ids)
+    step()
+    step()
+    graph.replay()
+    assert torch.equal(read, table(ids))

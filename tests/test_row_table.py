@@ -104,6 +104,19 @@ def test_initial_values_depend_on_seed_and_row_alone():
     assert not columns.read("a").any() and abs(float(columns.read("b").std()) - 0.1) < 0.005
 
 
+def test_the_caller_may_fill_its_rows_anew_after_the_backward():
+    table = RowTable(10, 2)
+    optimizer = RowAdam(table.parameters())
+    rows = torch.tensor([1, 2])
+    for batch in ([1, 2], [3, 4]):
+        rows.copy_(torch.tensor(batch))
+        table(rows).sum().backward()
+    rows.zero_()
+    before = table.weight.clone()
+    optimizer.step()
+    assert (table.weight != before).any(1).nonzero()[:, 0].tolist() == [1, 2, 3, 4]
+
+
 def test_weight_is_up_to_date_when_read():
     table, embedding, _ = trained()
     assert not table.store.up_to_date()

@@ -37,6 +37,16 @@ def check_rows(rows: Tensor, num_rows: int, name: str = "rows") -> None:
             raise IndexError(f"{name} must lie in 0 .. {num_rows - 1}; got {low if low < 0 else high}")
 
 
+def check_distinct_rows(rows: Tensor, num_rows: int) -> None:
+    """The rows of a step must lie in the table and not repeat; on the CPU only. Ascending ones need no sort."""
+    if rows.device.type != "cpu":
+        return check_rows(rows, num_rows)
+    ascending = rows if (rows[1:] > rows[:-1]).all() else torch.unique(rows)
+    check_rows(torch.cat((ascending[:1], ascending[-1:])), num_rows)
+    if len(ascending) < len(rows):
+        raise ValueError("rows must not repeat within a step; sum the gradients of a repeated row first")
+
+
 def check_shape(name: str, tensor: Tensor, shape: Sequence[int | str], sizes: dict[str, int]) -> None:
     """Raise unless tensor has `shape`; a letter takes its size from the first tensor that has it."""
     if not isinstance(tensor, Tensor):

@@ -12,8 +12,8 @@ from torch import Tensor
 from .. import dispatch, reference
 from ..clock import AdamClock
 from ..reference import AdamHyper
-from .checks import check_one_device, check_rows, check_shape
-from .likelihoods import _check_x, _twin_x
+from .checks import check_distinct_rows, check_one_device, values_at_hand
+from .likelihoods import check_x, twin_x
 from .registry import operator
 
 WIDEST = 128  # latent dimensions and hidden units that a block of rows has room for
@@ -58,7 +58,7 @@ class Batch(NamedTuple):
     """What a step is taken on."""
 
     rows: Tensor  # int64 [B], in the table
-    present: Tensor  # int64 []: how many of them are there
+    present: Tensor  # int64 []: how many of them are there, 1 or more
     x: Tensor  # [N, D], or the batch's own [B, D]
     mask: Tensor | None
     x_scale: float
@@ -99,13 +99,17 @@ def elbo_step_(table: RowState, batch: Batch, shared: SharedState, model: ElboMo
     of any dtype, times x_scale; mask bool, or its bits, or None (NaN is missing). Moves the rows, the shared
     parameters, the clock, the noise's step number, and `shared.loss`.
     """
-    check_rows(batch.rows, table.values.shape[0])
     columns = shared_columns(shared, table, model)
-    sizes = {"B": len(batch.rows)} if batch.gathered else {}
-    check_shape("x", batch.x, ("B", columns), sizes)
-    _check_x(batch.x, batch.mask, batch.x_scale, {"B": sizes["B"], "D": columns})
+    cells = len(batch.rows) if batch.gathered else table.values.shape[0]
+    check_x(batch.x, batch.mask, batch.x_scale, {"B": cells, "D": columns})
     tensors = {"rows": batch.rows, "count": batch.present, "x": batch.x, "mask": batch.mask}
     check_one_device(table=table.values, weights=shared.weights, **tensors)
+    rows = batch.rows
+    if values_at_hand(rows):
+        if not 1 <= int(batch.present) <= len(rows):
+            raise ValueError(f"count must lie in 1 .. {len(rows)}, the number of rows; got {int(batch.present)}")
+        rows = rows[: int(batch.present)]
+    check_distinct_rows(rows, table.values.shape[0])
     if len(batch.rows):
         _elbo_step_(*table, *batch._replace(rows=batch.rows.long().contiguous()), *shared, *model)
 
@@ -122,12 +126,12 @@ def _run(*args: Any) -> None:
     shared, model = SharedState(*args[15:21]), ElboModel(*args[21:])
     latent_dim = (table.values.shape[2] - sum(model.groups)) // 2
     if dispatch.use_triton("elbo_step", table.values.device, unsupported(table.values, latent_dim, model)):
-        _launch(table, batch, shared, model)
+        launch(table, batch, shared, model)
     else:
         _equations(table, batch, shared, model)
 
 
-def _launch(table: RowState, batch: Batch, shared: SharedState, model: ElboModel) -> None:
+def launch(table: RowState, batch: Batch, shared: SharedState, model: ElboModel) -> None:
     from ..kernels.elbo_step import elbo_finish, elbo_rows
 
     clock = (table.history, table.counters, table.constants, table.rates)
@@ -139,11 +143,9 @@ def _launch(table: RowState, batch: Batch, shared: SharedState, model: ElboModel
 
 def _equations(table: RowState, batch: Batch, shared: SharedState, model: ElboModel) -> None:
     rows = batch.rows[: int(batch.present)]
-    if len(rows) == 0:
-        return
     at = slice(len(rows)) if batch.gathered else rows
     mask = None if batch.mask is None else batch.mask[at]
-    x, mask = _twin_x(batch.x[at], mask, batch.x_scale, table.values.dtype)
+    x, mask = twin_x(batch.x[at], mask, batch.x_scale, table.values.dtype)
     clock = AdamClock.of(table.history, table.counters, table.constants, table.rates)
     last = table.last[rows]
     p, m, v = table.values[rows].unbind(1)

@@ -12,16 +12,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import dispatch, reference
 from .checks import check_float, check_one_device, check_shape, values_at_hand
-from .registry import below_autograd, operator
+from .registry import below_autograd, differentiable_once, operator
 
 WIDEST_LAYER = 256  # features that the fused linear layer's kernels hold on chip
 
 
-def _check_x(x: Tensor, mask: Tensor | None, x_scale: float, sizes: dict[str, int]) -> None:
+def check_x(x: Tensor, mask: Tensor | None, x_scale: float, sizes: dict[str, int]) -> None:
     check_shape("x", x, ("B", "D"), sizes)
     if not isinstance(x_scale, Real):
         raise TypeError(f"x_scale must be a number; got {type(x_scale).__name__}")
@@ -42,7 +41,7 @@ def _check_x(x: Tensor, mask: Tensor | None, x_scale: float, sizes: dict[str, in
         raise TypeError(f"mask must be a bool tensor, True = observed, or its bits (uint8), or None; got {mask.dtype}")
 
 
-def _twin_x(x: Tensor, mask: Tensor | None, x_scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def twin_x(x: Tensor, mask: Tensor | None, x_scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """x and mask as the twins take them: scaled, of `dtype`, and bool [B, D]."""
     if mask is None:
         mask = ~x.isnan()
@@ -98,14 +97,14 @@ def masked_gaussian_nll(
     """
     sizes: dict[str, int] = {}
     check_shape("xhat", xhat, ("B", "D"), sizes)
-    _check_x(x, mask, x_scale, sizes)
+    check_x(x, mask, x_scale, sizes)
     check_float("xhat", xhat)
     check_one_device(xhat=xhat, x=x, mask=mask)
     scale = _as_scale(scale, xhat, sizes["D"])
     if _use_kernel("masked_gaussian_nll", x):
         nll, _ = _masked_gaussian_nll(xhat, x, mask, scale.expand(sizes["D"]), float(x_scale), False)
         return _as_loss(nll, xhat)
-    return reference.masked_gaussian_nll(xhat, *_twin_x(x, mask, x_scale, xhat.dtype), scale.to(xhat.dtype))
+    return reference.masked_gaussian_nll(xhat, *twin_x(x, mask, x_scale, xhat.dtype), scale.to(xhat.dtype))
 
 
 def _run_gaussian(
@@ -116,7 +115,7 @@ def _run_gaussian(
 
         nll, dxhat = kernel(xhat, x, mask, scale, x_scale, with_gradient)
         return nll, xhat.new_empty(0) if dxhat is None else dxhat
-    wide, cells = xhat.to(scale.dtype), _twin_x(x, mask, x_scale, scale.dtype)
+    wide, cells = xhat.to(scale.dtype), twin_x(x, mask, x_scale, scale.dtype)
     nll = reference.masked_gaussian_nll(wide, *cells, scale)
     return nll, _derivatives(wide, *cells, scale)[0].to(xhat.dtype) if with_gradient else xhat.new_empty(0)
 
@@ -139,7 +138,7 @@ def _run_gaussian_by_scale(
         from ..kernels.masked_gaussian_nll import masked_gaussian_nll_by_scale as kernel
 
         return kernel(grad, xhat, x, mask, scale, x_scale)
-    _, by_scale = _derivatives(xhat.to(scale.dtype), *_twin_x(x, mask, x_scale, scale.dtype), scale)
+    _, by_scale = _derivatives(xhat.to(scale.dtype), *twin_x(x, mask, x_scale, scale.dtype), scale)
     return (grad[:, None] * by_scale).sum(0)
 
 
@@ -158,7 +157,7 @@ class _MaskedGaussianNll(torch.autograd.Function):
         return nll, dxhat
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
         if grad is None:
             return (None,) * 6
@@ -192,19 +191,19 @@ def masked_bernoulli_nll(logits: Tensor, x: Tensor, mask: Tensor | None, *, x_sc
     """
     sizes: dict[str, int] = {}
     check_shape("logits", logits, ("B", "D"), sizes)
-    _check_x(x, mask, x_scale, sizes)
+    check_x(x, mask, x_scale, sizes)
     check_float("logits", logits)
     check_one_device(logits=logits, x=x, mask=mask)
     use_kernel = _use_kernel("masked_bernoulli_nll", x)
     if values_at_hand(x) or not use_kernel:
-        twin_x, twin_mask = _twin_x(x, mask, x_scale, logits.dtype)
+        cells, observed = twin_x(x, mask, x_scale, logits.dtype)
         if values_at_hand(x):
-            low, high = torch.aminmax(torch.where(twin_mask, twin_x, 0.0))
+            low, high = torch.aminmax(torch.where(observed, cells, 0.0))
             if not (low >= 0 and high <= 1):
                 raise ValueError(f"x must lie in [0, 1] where it is observed; got {float(low)} .. {float(high)}")
     if use_kernel:
         return _as_loss(_masked_bernoulli_nll(logits, x, mask, float(x_scale), False)[0], logits)
-    return reference.masked_bernoulli_nll(logits, twin_x, twin_mask)
+    return reference.masked_bernoulli_nll(logits, cells, observed)
 
 
 def _run_bernoulli(
@@ -216,7 +215,7 @@ def _run_bernoulli(
         nll, dlogits = kernel(logits, x, mask, x_scale, with_gradient)
         return nll, logits.new_empty(0) if dlogits is None else dlogits
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    x, mask = _twin_x(x, mask, x_scale, wide.dtype)
+    x, mask = twin_x(x, mask, x_scale, wide.dtype)
     nll = reference.masked_bernoulli_nll(wide, x, mask)
     residual = torch.where(mask, torch.sigmoid(wide) - x, 0.0).to(logits.dtype)
     return nll, residual if with_gradient else logits.new_empty(0)
@@ -235,7 +234,7 @@ class _MaskedBernoulliNll(torch.autograd.Function):
         return nll, dlogits
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
         (dlogits,) = ctx.saved_tensors
         return None if grad is None else _times_rows(dlogits, grad), None, None, None, None
@@ -271,8 +270,10 @@ def linear_masked_gaussian_nll(
     sizes: dict[str, int] = {}
     for name, tensor, shape in (("h", h, "BH"), ("weight", weight, "DH"), ("bias", bias, "D")):
         check_shape(name, tensor, shape, sizes)
-    _check_x(x, mask, x_scale, sizes)
+    check_x(x, mask, x_scale, sizes)
     check_float("h", h)
+    if torch.is_autocast_enabled(h.device.type):
+        h = h.to(weight.dtype)  # a layer before this one gave it another; the loss needs the parameters' own
     check_float("weight", weight, h)
     check_float("bias", bias, h)
     check_one_device(h=h, x=x, mask=mask)
@@ -280,7 +281,7 @@ def linear_masked_gaussian_nll(
     if _use_kernel("linear_masked_gaussian_nll", x, _beyond_linear_kernel(h)):
         columns_scale = scale.expand(sizes["D"])
         return _linear_masked_gaussian_nll(h, weight, bias, x, mask, columns_scale, float(x_scale))
-    x, mask = _twin_x(x, mask, x_scale, h.dtype)
+    x, mask = twin_x(x, mask, x_scale, h.dtype)
     return reference.linear_masked_gaussian_nll(h, weight, bias, x, mask, scale.to(h.dtype))
 
 
@@ -297,7 +298,7 @@ def _run_linear(
         from ..kernels.linear_masked_gaussian_nll import linear_masked_gaussian_nll as kernel
 
         return kernel(h, weight, bias, x, mask, scale, x_scale)
-    return reference.linear_masked_gaussian_nll(h, weight, bias, *_twin_x(x, mask, x_scale, h.dtype), scale)
+    return reference.linear_masked_gaussian_nll(h, weight, bias, *twin_x(x, mask, x_scale, h.dtype), scale)
 
 
 def _run_linear_backward(
@@ -319,7 +320,7 @@ def _run_linear_backward(
         dh = kernels.linear_masked_gaussian_nll_by_h(*arguments) if by_h else None
         grads = [dh, *kernels.linear_masked_gaussian_nll_by_layer(*arguments, *by_layer)]
     else:
-        by_xhat, by_scale = _derivatives(h @ weight.T + bias, *_twin_x(x, mask, x_scale, h.dtype), scale)
+        by_xhat, by_scale = _derivatives(h @ weight.T + bias, *twin_x(x, mask, x_scale, h.dtype), scale)
         by_xhat, by_scale = grad[:, None] * by_xhat, grad[:, None] * by_scale
         all_grads = by_xhat @ weight, by_xhat.T @ h, by_xhat.sum(0), by_scale.sum(0)
         grads = [found if n else None for found, n in zip(all_grads, needed, strict=True)]
@@ -351,7 +352,7 @@ class _LinearMaskedGaussianNll(torch.autograd.Function):
             return _linear_masked_gaussian_nll(h, weight, bias, x, mask, scale, x_scale)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         needed = [ctx.needs_input_grad[i] for i in (0, 1, 2, 5)]
         grads = _linear_masked_gaussian_nll_backward(grad, *ctx.saved_tensors, ctx.x_scale, needed)

@@ -37,12 +37,7 @@ def philox_normal(
         raise TypeError(f"row_ids must be an int64 tensor [B]; got {type(row_ids).__name__}")
     if row_ids.dtype != torch.int64 or row_ids.dim() != 1:
         raise TypeError(f"row_ids must be an int64 tensor [B]; got {row_ids.dtype} {list(row_ids.shape)}")
-    if not isinstance(step, Tensor):
-        step = checked_int("step", step, 0, reference.WORD)
-    elif step.dtype != torch.int64 or step.dim() != 0:
-        raise TypeError(f"step must be an int or an int64 tensor []; got {step.dtype} {list(step.shape)}")
-    else:
-        step = step.to(row_ids.device)
+    step = checked_step(step, row_ids.device)
     if dtype not in (torch.float32, torch.float64):
         raise TypeError(f"dtype must be torch.float32 or torch.float64; got {dtype}")
     if dispatch.use_triton("philox_normal", row_ids.device):
@@ -51,6 +46,15 @@ def philox_normal(
             step = torch.full((), step, dtype=torch.int64, device=row_ids.device)
         return _philox_normal(as_int64(seed), stream_number, step, row_ids, dim, draw, dtype)
     return reference.philox_normal(seed, stream, step, row_ids, dim, draw, dtype)
+
+
+def checked_step(step: int | Tensor, device: torch.device) -> int | Tensor:
+    """The step number of the noise, an int or an int64 tensor [] on `device`."""
+    if not isinstance(step, Tensor):
+        return checked_int("step", step, 0, reference.WORD)
+    if step.dtype != torch.int64 or step.dim() != 0:
+        raise TypeError(f"step must be an int or an int64 tensor []; got {step.dtype} {list(step.shape)}")
+    return step.to(device)
 
 
 def as_int64(seed: int) -> int:
@@ -65,7 +69,7 @@ def _run(seed: int, stream: int, step: Tensor, row_ids: Tensor, dim: int, draw: 
 
         return kernel(seed, stream, step, row_ids, dim, draw, dtype)
     name = next(name for name, number in reference.STREAMS.items() if number == stream)
-    return reference.philox_normal(seed, name, step, row_ids, dim, draw, dtype)
+    return reference.philox_normal(seed, name, step, row_ids, dim, draw, dtype).contiguous()
 
 
 def _fake(seed: int, stream: int, step: Tensor, row_ids: Tensor, dim: int, draw: int, dtype: torch.dtype) -> Tensor:

@@ -7,6 +7,7 @@ autograd.Function called from Python; 52 us with define + register_autograd; 82 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -44,3 +45,23 @@ def operator(
 def below_autograd() -> Any:
     """The context in which an autograd.Function calls its own operator."""
     return torch._C._AutoDispatchBelowAutograd()
+
+
+def differentiable_once(backward: Callable[..., Any]) -> Any:
+    """For an autograd.Function's backward (which returns a tuple): differentiating its result raises.
+
+    torch's once_differentiable raises only where the incoming gradient needs one; elsewhere a second derivative by the
+    saved inputs would pass for zero.
+    """
+
+    @functools.wraps(backward)
+    def wrapped(ctx: Any, *grads: Any) -> Any:
+        with torch.no_grad():
+            found = backward(ctx, *grads)
+        if not torch.is_grad_enabled():
+            return found
+        sentence = b"the gradients of a kernel cannot be differentiated again; choose backend 'torch' for that"
+        fail: Any = torch._C._functions.DelayedError(sentence, len(found))
+        return fail(*(None if grad is None else grad.detach().requires_grad_() for grad in found))
+
+    return wrapped

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .checks import check_distinct_rows
 from .noise import as_int64
 from .registry import operator
-from .relays import TRAIN_TAG, SampledRows, _run_rows_backward, _use_kernel, relay_sample_rows_backward
-from .rows import Columns, _run_row_adam, row_adam_
+from .relays import TRAIN_TAG, SampledRows, relay_sample_rows_backward, run_rows_backward, use_kernel
+from .rows import Columns, row_adam_, run_row_adam
 
 
 def relay_step_(
@@ -35,12 +36,13 @@ def relay_step_(
     """
     whole = len(columns) == 1 and columns[0].stop - columns[0].start == values.shape[2]
     groups, active = list(groups), list(active)
-    if not (whole and not columns[0].clock.by_row and _use_kernel(values)):
+    if not (whole and not columns[0].clock.by_row and use_kernel(values)):
         by_rows, by_relays = relay_sample_rows_backward(grad_z, grad_kl, sampled, relays, groups, active, seed, sample)
         if by_rows is None or by_relays is None:
             by_rows, by_relays = sampled.state.new_zeros(sampled.state.shape), relays.new_zeros(relays.shape)
         row_adam_(values, last, sampled.rows, by_rows, columns, lr, weight_decay)
         return by_relays
+    check_distinct_rows(sampled.rows, values.shape[0])
     clock = columns[0].clock
     clock.reserve(1)
     clock.set_rates(lr[0], weight_decay[0])
@@ -73,7 +75,7 @@ def _run(
     seed: int,
     sample: bool,
 ) -> Tensor:
-    if _use_kernel(values):
+    if use_kernel(values):
         from ..kernels.relay_sample import Drawn
         from ..kernels.relay_step import relay_step_ as kernel
 
@@ -82,11 +84,11 @@ def _run(
         return kernel(
             values, last, rows, *clock, grad_z, grad_kl, state, bits, relays, tuple(groups), tuple(active), drawn
         )
-    by_rows, by_relays = _run_rows_backward(
+    by_rows, by_relays = run_rows_backward(
         grad_z, grad_kl, rows, state, bits, step, relays, groups, active, seed, sample, (True, True)
     )
     tensors = [history], [counters], [constants], [rates], [closed_form]
-    _run_row_adam(values, last, rows, by_rows, [0], [values.shape[2]], *tensors, by_row=False)
+    run_row_adam(values, last, rows, by_rows, [0], [values.shape[2]], *tensors, by_row=False)
     return by_relays
 
 

@@ -8,13 +8,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import arguments, dispatch, reference
 from ..clock import AdamClock, Clock
-from .checks import check_float, check_rows, check_shape, checked_int
-from .noise import as_int64
-from .registry import below_autograd, operator
+from .checks import check_float, check_one_device, check_rows, check_shape, checked_int
+from .noise import as_int64, checked_step
+from .registry import below_autograd, differentiable_once, operator
 from .rows import Columns, read_rows
 
 COEFFICIENTS = ("linear", "softmax")
@@ -104,7 +103,7 @@ def relay_sample(
         if tensor is not None:
             check_shape(name, tensor, ("B", "T"), sizes)
             check_float(name, tensor, coef)
-    if _use_kernel(coef, coefficients):
+    if use_kernel(coef, coefficients):
         return _relay_sample(coef, residual, log_std, relays, noise, groups, counts)[:2]
     mean = reference.relay_mean(coef, relays, groups, counts, coefficients) + residual
     return gaussian_sample(mean, log_std, noise)
@@ -112,10 +111,10 @@ def relay_sample(
 
 def samples_in_one_launch(values: Tensor, coefficients: str) -> bool:
     """Whether relay_sample_rows runs its kernel on a table's values [N, 3, C]."""
-    return _use_kernel(values, coefficients)
+    return use_kernel(values, coefficients)
 
 
-def _use_kernel(values: Tensor, coefficients: str = "linear") -> bool:
+def use_kernel(values: Tensor, coefficients: str = "linear") -> bool:
     unsupported = None
     if coefficients != "linear":
         unsupported = f"coefficients={coefficients!r}"
@@ -133,7 +132,7 @@ def _run(
     groups: Sequence[int],
     active: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if _use_kernel(coef):
+    if use_kernel(coef):
         from ..kernels.relay_sample import relay_sample as kernel
 
         return kernel(coef, residual, log_std, relays, tuple(groups), tuple(active), noise)
@@ -182,7 +181,7 @@ class RelaySample(torch.autograd.Function):
         return z, kl, mean, bits
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad_z: Tensor | None, grad_kl: Tensor | None, *_: Any) -> Any:
         needed = ctx.needs_input_grad[:5]
         if grad_z is None and grad_kl is None:
@@ -228,7 +227,7 @@ def _run_backward(
     needed: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     groups, active = tuple(groups), tuple(active)
-    if _use_kernel(coef):
+    if use_kernel(coef):
         from ..kernels.relay_sample import relay_sample_backward as kernel
 
         grads = kernel(grad_z, grad_kl, coef, mean, log_std, relays, noise, bits, groups, active, tuple(needed))
@@ -292,10 +291,10 @@ def relay_sample_rows(
     Returns z [B, T], kl [B], and what the backward needs. Not differentiable by itself; nothing is written.
     """
     counts = _check_table(values, last, rows, relays, groups, active)
-    seed, step = as_int64(checked_int("seed", seed)), _as_step(step, rows.device)
+    seed, step, rows = as_int64(checked_int("seed", seed)), _as_step(step, rows.device), rows.long()
     if clock is not None and clock.by_row:
         clock = None  # it counts a row's own steps, so no row is behind
-    if _use_kernel(values):
+    if use_kernel(values):
         tensors = (None,) * 3 if clock is None else (clock.history, clock.counters, clock.constants)
         closed_form = clock is None or clock.closed_form
         z, kl, state, bits, drawn_at = _relay_sample_rows(
@@ -349,14 +348,14 @@ def _check_table(
     check_float("relays", relays, values)
     check_shape("last", last, ("N",), {"N": values.shape[0]})
     check_shape("rows", rows, ("B",), sizes)
+    check_one_device(values=values, last=last, rows=rows)
     check_rows(rows, values.shape[0])
     return active_counts(groups, active)
 
 
 def _as_step(step: int | Tensor, device: torch.device) -> Tensor:
-    if isinstance(step, Tensor):
-        return step.to(device)
-    return torch.full((), checked_int("step", step, 0, reference.WORD), dtype=torch.int64, device=device)
+    step = checked_step(step, device)
+    return step if isinstance(step, Tensor) else torch.full((), step, dtype=torch.int64, device=device)
 
 
 def _twin_of_rows(
@@ -400,7 +399,7 @@ def _run_rows(
     sample: bool,
 ) -> tuple[Tensor, ...]:
     groups, active = tuple(groups), tuple(active)
-    if _use_kernel(values):
+    if use_kernel(values):
         from ..kernels.relay_sample import Drawn, Table
         from ..kernels.relay_sample import relay_sample_rows as kernel
 
@@ -421,7 +420,7 @@ def _fake_rows(
     return values.new_empty(B, T), values.new_empty(B), values.new_empty(B, values.shape[2]), bits, step.new_empty(())
 
 
-def _run_rows_backward(
+def run_rows_backward(
     grad_z: Tensor | None,
     grad_kl: Tensor | None,
     rows: Tensor,
@@ -436,7 +435,7 @@ def _run_rows_backward(
     needed: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     groups, active = tuple(groups), tuple(active)
-    if _use_kernel(state):
+    if use_kernel(state):
         from ..kernels.relay_sample import Drawn
         from ..kernels.relay_sample import relay_sample_rows_backward as kernel
 
@@ -463,7 +462,7 @@ _relay_sample_rows_backward = operator(
     "relay_sample_rows_backward(Tensor? grad_z, Tensor? grad_kl, Tensor rows, Tensor state, Tensor bits, Tensor step, "
     "Tensor relays, int[] groups, int[] active, int seed, bool sample, bool[2] needed) "
     "-> (Tensor rows, Tensor relays)",
-    _run_rows_backward,
+    run_rows_backward,
     lambda grad_z, grad_kl, rows, state, bits, step, relays, groups, active, seed, sample, needed: tuple(
         state.new_empty(t.shape if n else 0) for t, n in zip((state, relays), needed, strict=True)
     ),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import dispatch, reference
 from ..clock import AdamClock, Clock, LazyClock
-from .checks import check_rows, check_shape
+from .checks import check_distinct_rows, check_float, check_one_device, check_shape
 from .registry import operator
 
 
@@ -45,6 +45,7 @@ def read_rows(
 
     values [N, 3, C]; last [N] int32. On a GPU, rows outside the table are NaN.
     """
+    check_one_device(values=values, last=last, rows=rows)
     if _use_kernel("read_rows", values):
         closed_form = [column.clock.closed_form for column in columns]
         return _read_rows(values, last, rows, *_tensors(columns), closed_form, moments).unbind(0)
@@ -116,16 +117,6 @@ _read_rows = operator(
 )
 
 
-def _check_step_rows(rows: Tensor, num_rows: int) -> None:
-    """rows must lie in the table and not repeat; on the CPU only. Ascending ones, as merged, need no sort."""
-    if rows.device.type != "cpu":
-        return check_rows(rows, num_rows)
-    ascending = rows if (rows[1:] > rows[:-1]).all() else torch.unique(rows)
-    check_rows(torch.cat((ascending[:1], ascending[-1:])), num_rows)
-    if len(ascending) < len(rows):
-        raise ValueError("rows must not repeat within a step; sum the gradients of a repeated row first")
-
-
 def row_adam_(
     values: Tensor,
     last: Tensor,
@@ -156,7 +147,9 @@ def row_adam_(
     check_shape("values", values, ("N", 3, "C"), sizes)
     for name, tensor, shape in (("last", last, "N"), ("rows", rows, "B"), ("grad", grad, "BC")):
         check_shape(name, tensor, shape, sizes)
-    _check_step_rows(rows, values.shape[0])
+    check_one_device(values=values, last=last, rows=rows, grad=grad)
+    check_float("grad", grad, values)
+    check_distinct_rows(rows, values.shape[0])
     if _use_kernel("row_adam_", values):
         clocks = [column.clock for column in columns]
         for clock, rate, decay in zip(clocks, lr, weight_decay, strict=True):
@@ -196,7 +189,7 @@ def _row_adam_twin(
     last[rows] = columns[0].clock.touched(last_of_rows)
 
 
-def _run_row_adam(
+def run_row_adam(
     values: Tensor,
     last: Tensor,
     rows: Tensor,
@@ -245,6 +238,6 @@ def _fake_row_adam(
 _row_adam_ = operator(
     "row_adam_(Tensor(a!) values, Tensor(b!) last, Tensor rows, Tensor grad, int[] starts, int[] stops, "
     "Tensor[] histories, Tensor[] counters, Tensor[] constants, Tensor[] rates, bool[] closed_form, bool by_row) -> ()",
-    _run_row_adam,
+    run_row_adam,
     _fake_row_adam,
 )
