@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -85,6 +86,41 @@ def test_triton_is_never_replaced_in_silence():
     pytest.importorskip("triton")
     with rvi_fast.backend("triton"), pytest.raises(NotImplementedError, match="relay_dance has no Triton kernel"):
         dispatch.use_triton("relay_dance", torch.device("cpu"))
+
+
+@pytest.fixture
+def old_gpu(monkeypatch):
+    monkeypatch.setattr(dispatch, "_has_triton", lambda: True)
+    monkeypatch.setattr(dispatch, "_new_enough", lambda device: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    return torch.device("cuda:0")
+
+
+def test_an_old_gpu_takes_the_equations(old_gpu):
+    assert not dispatch.use_triton("relay_sample", old_gpu)
+    with (
+        rvi_fast.backend("triton"),
+        pytest.raises(
+            NotImplementedError,
+            match=r"relay_sample has no Triton kernel for Tesla T4 \(it needs compute capability 8.0\)",
+        ),
+    ):
+        dispatch.use_triton("relay_sample", old_gpu)
+
+
+def test_what_a_kernel_cannot_do_takes_the_equations(monkeypatch):
+    monkeypatch.setattr(dispatch, "_has_triton", lambda: True)
+    monkeypatch.setattr(dispatch, "_new_enough", lambda device: True)
+    gpu = torch.device("cuda:0")
+    assert dispatch.use_triton("relay_sample", gpu)
+    assert not dispatch.use_triton("relay_sample", gpu, "float16 tables")
+    with rvi_fast.backend("triton"), pytest.raises(NotImplementedError, match="no Triton kernel for float16 tables"):
+        dispatch.use_triton("relay_sample", gpu, "float16 tables")
+
+
+def test_every_named_kernel_has_its_file():
+    kernels = {file.stem for file in Path(rvi_fast.__file__).parent.joinpath("kernels").glob("*.py")}
+    assert kernels >= dispatch.KERNELS
 
 
 def test_torch_backend_runs_no_kernel(monkeypatch):
