@@ -239,6 +239,30 @@ def sample_backward(
             tl.store(grad_noise_ptr + row[:, None] * T + t[None, :], grad_z * sigma, mask=inside)
 
 
+@triton.jit
+def by_coefficients(
+    grad_mean_ptr, grad_mean_stride, relays_ptr, bits_ptr, mask_bytes, table_ptr, groups, row, in_batch, k, K, T,
+    BLOCK_T: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """da_ik = dmu . r_k on B_i, 0 elsewhere: [R, BLOCK_K]."""
+    if DOT:
+        grad = tl.zeros([row.shape[0], k.shape[0]], relays_ptr.dtype.element_ty)
+    else:
+        terms = tl.zeros([row.shape[0], k.shape[0], BLOCK_T], relays_ptr.dtype.element_ty)
+    for first in range(0, T, BLOCK_T):
+        t = first + tl.arange(0, BLOCK_T)
+        in_rows, in_relays = in_batch[:, None] & (t < T)[None, :], (k < K)[:, None] & (t < T)[None, :]
+        grad_mean = tl.load(grad_mean_ptr + row[:, None] * grad_mean_stride + t[None, :], mask=in_rows, other=0.0)
+        relays = tl.load(relays_ptr + k.to(tl.int64)[:, None] * T + t[None, :], mask=in_relays, other=0.0)
+        if DOT:
+            grad = tl.dot(grad_mean, tl.trans(relays), grad, input_precision=PRECISION)
+        else:
+            terms += grad_mean[:, None, :] * relays[None, :, :]
+    if not DOT:
+        grad = tl.sum(terms, axis=2)
+    return tl.where(selected_bits(bits_ptr, mask_bytes, row, in_batch, k, K, table_ptr, groups), grad, 0.0)
+
+
 @triton.jit(do_not_specialize=["seed", "tag", "B"])
 def relay_sample_backward_kernel(
     grad_z_ptr, grad_z_row, grad_z_latent, grad_kl_ptr, grad_kl_row,  # [B, T], [B]; None
@@ -253,7 +277,7 @@ def relay_sample_backward_kernel(
     ROWS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr, NOISE_T: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """sample_backward, then da_ik = dmu . r_k on B_i."""
+    """sample_backward, then by_coefficients."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     in_batch = row < B
     sample_backward(
@@ -265,25 +289,12 @@ def relay_sample_backward_kernel(
         tl.debug_barrier()  # dmu is in memory
         for first_k in range(0, K, BLOCK_K):
             k = first_k + tl.arange(0, BLOCK_K)
-            if DOT:
-                grad = tl.zeros([ROWS, BLOCK_K], relays_ptr.dtype.element_ty)
-            else:
-                terms = tl.zeros([ROWS, BLOCK_K, BLOCK_T], relays_ptr.dtype.element_ty)
-            for first_t in range(0, T, BLOCK_T):
-                t = first_t + tl.arange(0, BLOCK_T)
-                at = row[:, None] * grad_mean_stride + t[None, :]
-                grad_mean = tl.load(grad_mean_ptr + at, mask=in_batch[:, None] & (t < T)[None, :], other=0.0)
-                inside = (k < K)[:, None] & (t < T)[None, :]
-                relays = tl.load(relays_ptr + k.to(tl.int64)[:, None] * T + t[None, :], mask=inside, other=0.0)
-                if DOT:
-                    grad = tl.dot(grad_mean, tl.trans(relays), grad, input_precision=PRECISION)
-                else:
-                    terms += grad_mean[:, None, :] * relays[None, :, :]
-            if not DOT:
-                grad = tl.sum(terms, axis=2)
-            selected = selected_bits(bits_ptr, mask_bytes, row, in_batch, k, K, table_ptr, groups)
+            grad = by_coefficients(
+                grad_mean_ptr, grad_mean_stride, relays_ptr, bits_ptr, mask_bytes, table_ptr, groups, row, in_batch, k,
+                K, T, BLOCK_T, DOT, PRECISION,
+            )  # fmt: skip
             at = row[:, None] * grad_coef_stride + k[None, :]
-            tl.store(grad_coef_ptr + at, tl.where(selected, grad, 0.0), mask=in_batch[:, None] & (k < K)[None, :])
+            tl.store(grad_coef_ptr + at, grad, mask=in_batch[:, None] & (k < K)[None, :])
 
 
 @triton.jit(do_not_specialize=["B", "rows_of_split"])

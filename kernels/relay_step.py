@@ -10,8 +10,8 @@ from torch import Tensor
 
 from .catch_up import follow, load_columns, missed_by, step_sizes, stepped
 from .precision import dot_precision
-from .relay_sample import Drawn, Groups, plan, relays_grad, sample_backward
-from .relays import layout, selected_bits
+from .relay_sample import Drawn, Groups, by_coefficients, plan, relays_grad, sample_backward
+from .relays import layout
 
 BLOCK = 32  # columns at once: four rows a thread if there are 16
 SCALARS = tl.constexpr(7)  # of a row: two nodes (w1, e1, w2, e2), the decays of p, m, v
@@ -50,30 +50,6 @@ def step_columns(
     tl.store(row_ptr + column, p, mask=inside)
     tl.store(row_ptr + slot_stride + column, m, mask=inside)
     tl.store(row_ptr + 2 * slot_stride + column, v, mask=inside)
-
-
-@triton.jit
-def by_coefficients(
-    latents_ptr, relays_ptr, bits_ptr, mask_bytes, table_ptr, groups, row, in_batch, k, K, T,
-    BLOCK_T: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """da_ik = dmu . r_k on B_i, 0 elsewhere: [R, BLOCK_K]."""
-    if DOT:
-        grad = tl.zeros([row.shape[0], k.shape[0]], relays_ptr.dtype.element_ty)
-    else:
-        terms = tl.zeros([row.shape[0], k.shape[0], BLOCK_T], relays_ptr.dtype.element_ty)
-    for first in range(0, T, BLOCK_T):
-        t = first + tl.arange(0, BLOCK_T)
-        in_rows, in_relays = in_batch[:, None] & (t < T)[None, :], (k < K)[:, None] & (t < T)[None, :]
-        grad_mean = tl.load(latents_ptr + row[:, None] * (2 * T) + t[None, :], mask=in_rows, other=0.0)
-        relays = tl.load(relays_ptr + k.to(tl.int64)[:, None] * T + t[None, :], mask=in_relays, other=0.0)
-        if DOT:
-            grad = tl.dot(grad_mean, tl.trans(relays), grad, input_precision=PRECISION)
-        else:
-            terms += grad_mean[:, None, :] * relays[None, :, :]
-    if not DOT:
-        grad = tl.sum(terms, axis=2)
-    return tl.where(selected_bits(bits_ptr, mask_bytes, row, in_batch, k, K, table_ptr, groups), grad, 0.0)
 
 
 @triton.jit(do_not_specialize=["seed", "tag", "B", "N", "capacity"])
@@ -115,7 +91,7 @@ def relay_step_kernel(
         inside = in_table[:, None] & (column < tl.where(of_coef, K, width))[None, :]
         if of_coef:
             grad = by_coefficients(
-                latents_ptr, relays_ptr, bits_ptr, mask_bytes, table_ptr, groups, row, in_batch, column, K, T,
+                latents_ptr, 2 * T, relays_ptr, bits_ptr, mask_bytes, table_ptr, groups, row, in_batch, column, K, T,
                 BLOCK_T, DOT, PRECISION,
             )  # fmt: skip
         else:
