@@ -182,7 +182,7 @@ def laid_out(array, how):
     if how == "every second" and array.ndim:
         return np.repeat(array, 2, axis=0)[::2]
     if how == "read-only":
-        array = array.copy()
+        array = np.array(array)  # of a scalar too
         array.flags.writeable = False
     if how == "unaligned":
         shifted = np.empty(array.nbytes + 1, dtype=np.uint8)[1:].view(array.dtype).reshape(array.shape)
