@@ -42,6 +42,26 @@ def load_whole(ptr, i, rows, stride, H, WIDTH: tl.constexpr):
     )
 
 
+@triton.jit
+def losses_of_rows(
+    h_ptr, weight_ptr, bias_ptr, x_ptr, mask_ptr, scale_ptr,  # as the kernels take them
+    row, column, B, D, H,  # int [R, 1], int [1, C]
+    h_stride, weight_stride, bias_stride, x_stride, mask_stride, scale_stride, x_scale,
+    MASK: tl.constexpr, PRECISION: tl.constexpr, CHUNK: tl.constexpr, dtype: tl.constexpr,
+):  # fmt: skip
+    """Losses of a tile's entries, their derivatives by xhat, and which are observed: [R, C] each."""
+    x, observed = load_observed(
+        x_ptr, mask_ptr, row, column, (row < B) & (column < D), x_stride, mask_stride, x_scale, MASK, dtype
+    )  # fmt: skip
+    bias = tl.load(bias_ptr + column * bias_stride, mask=column < D, other=0.0)
+    scale = tl.load(scale_ptr + column * scale_stride, mask=column < D, other=1.0)
+    xhat = bias + inner_products(
+        h_ptr, row, B, h_stride, weight_ptr, column, D, weight_stride, H, CHUNK, PRECISION
+    )  # fmt: skip
+    nll, dxhat = gaussian(xhat, x, scale)
+    return nll, dxhat, observed
+
+
 @triton.jit(do_not_specialize=["B", "tiles"])
 def linear_masked_gaussian_nll_kernel(
     h_ptr, weight_ptr, bias_ptr, x_ptr, mask_ptr, scale_ptr,  # [B, H], [D, H], [D], [B, D], see load_observed, [D]
@@ -59,15 +79,11 @@ def linear_masked_gaussian_nll_kernel(
     row = i[:, None]
     for tile in range(part * tiles, tl.minimum((part + 1) * tiles, tl.cdiv(D, COLUMNS))):
         column = tile * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-        x, observed = load_observed(
-            x_ptr, mask_ptr, row, column, (row < B) & (column < D), x_stride, mask_stride, x_scale, MASK, dtype
+        nll, _, observed = losses_of_rows(
+            h_ptr, weight_ptr, bias_ptr, x_ptr, mask_ptr, scale_ptr, row, column, B, D, H,
+            h_stride, weight_stride, bias_stride, x_stride, mask_stride, scale_stride, x_scale,
+            MASK, PRECISION, CHUNK, dtype,
         )  # fmt: skip
-        bias = tl.load(bias_ptr + column * bias_stride, mask=column < D, other=0.0)
-        scale = tl.load(scale_ptr + column * scale_stride, mask=column < D, other=1.0)
-        xhat = bias + inner_products(
-            h_ptr, row, B, h_stride, weight_ptr, column, D, weight_stride, H, CHUNK, PRECISION
-        )  # fmt: skip
-        nll, _ = gaussian(xhat, x, scale)
         total += tl.sum(tl.where(observed, nll, 0.0), axis=1)
     tl.store(nll_ptr + part * B + i, total, mask=i < B)
 
@@ -92,15 +108,11 @@ def linear_masked_gaussian_nll_by_h_kernel(
     for tile in range(part * tiles, tl.minimum((part + 1) * tiles, tl.cdiv(D, COLUMNS))):
         j = tile * COLUMNS + tl.arange(0, COLUMNS)
         column = j[None, :]
-        x, observed = load_observed(
-            x_ptr, mask_ptr, row, column, (row < B) & (column < D), x_stride, mask_stride, x_scale, MASK, dtype
+        _, dxhat, observed = losses_of_rows(
+            h_ptr, weight_ptr, bias_ptr, x_ptr, mask_ptr, scale_ptr, row, column, B, D, H,
+            h_stride, weight_stride, bias_stride, x_stride, mask_stride, scale_stride, x_scale,
+            MASK, PRECISION, CHUNK, dtype,
         )  # fmt: skip
-        bias = tl.load(bias_ptr + column * bias_stride, mask=column < D, other=0.0)
-        scale = tl.load(scale_ptr + column * scale_stride, mask=column < D, other=1.0)
-        xhat = bias + inner_products(
-            h_ptr, row, B, h_stride, weight_ptr, column, D, weight_stride, H, CHUNK, PRECISION
-        )  # fmt: skip
-        _, dxhat = gaussian(xhat, x, scale)
         weight = load_whole(weight_ptr, j, D, weight_stride, H, WIDTH)
         dh = add_product(dh, tl.where(observed, dxhat, 0.0), weight, PRECISION)
     dh *= tl.load(grad_ptr + row * grad_stride, mask=row < B, other=0.0)
