@@ -75,8 +75,9 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """x float32 [B, D], mask bool [B, D] -> mean, log_std [B, T]."""
-        filled = torch.where(mask, x, self.fill)  # type: ignore[arg-type]
-        inputs = torch.cat((filled, mask.to(x.dtype)), dim=1) if self.missing == "zero+mask" else filled
+        seen = mask.to(x.dtype)
+        filled = x * seen + self.fill * (1 - seen)  # type: ignore[operator]
+        inputs = torch.cat((filled, seen), dim=1) if self.missing == "zero+mask" else filled
         mean, log_std = self.mlp(inputs).chunk(2, dim=1)
         return mean, log_std
 

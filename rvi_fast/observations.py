@@ -268,9 +268,10 @@ class ColumnUnits:
         low, high = FLOAT32_SCALES
         in_float32 = exact_in_float32 and (self.scale > low).all() and (self.scale < high).all()
         wide = values.astype(np.float32 if in_float32 else np.float64, copy=False)
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):
             model = (wide - self.shift.astype(wide.dtype)) / self.scale.astype(wide.dtype)
-            model = np.where(observed, model, 0.0).astype(np.float32)
+            model = model.astype(np.float32, copy=False)
+        model.view(np.uint32)[...] &= -observed.astype(np.uint32)  # 0 in holes; np.where takes eight times as long
         if not np.isfinite(model).all():
             column = int(np.nonzero(~np.isfinite(model))[1][0])
             raise ValueError(
