@@ -643,7 +643,8 @@ class RVI(RowEstimator):
     kl_weight: of the KL term. standardize: zero mean and unit variance columns inside. lr: of decoder and relays;
     row_lr: of the rows (None: lr). schedule: "constant" or "cosine" (to 0). weight_decay: of decoder and relays,
     decoupled. batch_size: rows a step. epochs: passes over the rows. optimizer_mode: "dense" or "lazy" (see
-    optim.RowAdam). activation: of the decoder. log_std: its initial value. keep_empty_columns: let columns with
+    optim.RowAdam). activation: of the decoder. relay_std, coef_std, residual_std: of the normal initial values of
+    relays, coefficients and residuals. log_std: its initial value. keep_empty_columns: let columns with
     nothing observed pass; they are filled with 0. seed: of everything random. device: "auto", "cpu", "cuda", ...
     progress: a bar for work longer than two seconds.
     """
@@ -651,6 +652,9 @@ class RVI(RowEstimator):
     groups: Sequence[int]
     active: int | float | Sequence[int | float]
     coefficients: str
+    relay_std: float
+    coef_std: float
+    residual_std: float
 
     def __init__(
         self,
@@ -675,6 +679,9 @@ class RVI(RowEstimator):
         weight_decay: float | str = "auto",
         coefficients: str = "linear",
         activation: str = "auto",
+        relay_std: float = 1.0,
+        coef_std: float = 0.1,
+        residual_std: float = 0.01,
         log_std: float = -2.0,
         keep_empty_columns: bool = False,
         **unknown: Any,
@@ -691,6 +698,8 @@ class RVI(RowEstimator):
         arguments.widths("groups", self.groups)
         ops.active_counts(ops.check_groups(arguments.plain(self.groups)), arguments.plain(self.active))
         arguments.one_of("coefficients", self.coefficients, ops.COEFFICIENTS)
+        for name in ("relay_std", "coef_std", "residual_std"):
+            arguments.number(name, getattr(self, name))
 
     def _make_posterior(self, num_rows: int) -> RelayPosterior:
         return RelayPosterior(
@@ -699,6 +708,9 @@ class RVI(RowEstimator):
             arguments.plain(self.groups),
             arguments.plain(self.active),
             coefficients=self.coefficients,
+            relay_std=self.relay_std,
+            coef_std=self.coef_std,
+            residual_std=self.residual_std,
             log_std=self.log_std,
             seed=self.seed,
         )

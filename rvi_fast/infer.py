@@ -72,7 +72,7 @@ def fit_new_rows(
 
     row_ids: int64 [M]. A row with nothing observed gets the prior.
     """
-    clocks = _clocks_between_visits(plan, model.decoder.head.weight.device)
+    clocks = clocks_between_visits(plan, model.decoder.head.weight.device)
     bar = tqdm(total=-(-len(data) // BLOCK), delay=BAR_DELAY_S, disable=not show_progress, unit="block", leave=False)
 
     def fit(block: slice) -> tuple[Tensor, ...]:
@@ -111,7 +111,7 @@ def padded_block(t: Tensor) -> Tensor:
     return torch.cat((t, t.new_zeros(BLOCK - len(t), *t.shape[1:]))) if len(t) < BLOCK else t
 
 
-def _clocks_between_visits(plan: InferencePlan, device: torch.device) -> list[AdamClock] | None:
+def clocks_between_visits(plan: InferencePlan, device: torch.device) -> list[AdamClock] | None:
     """For protocol "epochs": the steps of dense Adam between a row's visits, which age it. One clock a visit."""
     if plan.missed == 0:
         return None
@@ -139,13 +139,8 @@ def _fit_block(
     device = model.decoder.head.weight.device
     x, mask, ids = (padded_block(t).to(device) for t in (x, mask, row_ids[block]))
     posterior = model.posterior
-    p = posterior.initial_values(ids).to(device)
-    m, v = torch.zeros_like(p), torch.zeros_like(p)
-    for step in range(plan.steps):
-        grad = _gradient(model, p, x, mask, ids, step, plan.seed)
-        p, m, v = reference.adamw_step(p, m, v, grad, plan.adam_step(step), plan.lr_at(step), HYPER)
-        if clocks is not None and step < plan.steps - 1:
-            p, m, v = _age(p, m, v, clocks[step], plan.missed)
+    for p, v in trajectory(model, x, mask, ids, plan, clocks):
+        pass
     empty = ~mask.any(1)
     p = _prior_where(posterior, p, empty)
     elbo = _elbo(model, p, x, mask, ids, plan.seed)
@@ -153,6 +148,23 @@ def _fit_block(
     with torch.no_grad():
         mean, std = posterior.mean_of(p), posterior.log_std_of(p).exp()
     return tuple(t[:size].cpu() for t in (mean, std, elbo, converged, p))
+
+
+def trajectory(
+    model: RowModel, x: Tensor, mask: Tensor, ids: Tensor, plan: InferencePlan, clocks: list[AdamClock] | None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The rows' parameters and their second moments, [B, C] each, after every step of the plan.
+
+    x [B, D] in the model's units and mask, bool [B, D]; ids int64 [B]; clocks: clocks_between_visits(plan, device).
+    """
+    p = model.posterior.initial_values(ids).to(x.device)
+    m, v = torch.zeros_like(p), torch.zeros_like(p)
+    for step in range(plan.steps):
+        grad = _gradient(model, p, x, mask, ids, step, plan.seed)
+        p, m, v = reference.adamw_step(p, m, v, grad, plan.adam_step(step), plan.lr_at(step), HYPER)
+        yield p, v
+        if clocks is not None and step < plan.steps - 1:
+            p, m, v = _age(p, m, v, clocks[step], plan.missed)
 
 
 def _gradient(
