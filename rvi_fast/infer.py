@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextvars
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -139,8 +140,7 @@ def _fit_block(
     device = model.decoder.head.weight.device
     x, mask, ids = (padded_block(t).to(device) for t in (x, mask, row_ids[block]))
     posterior = model.posterior
-    for p, v in trajectory(model, x, mask, ids, plan, clocks):
-        pass
+    p, v = collections.deque(trajectory(model, x, mask, ids, plan, clocks), maxlen=1).pop()
     empty = ~mask.any(1)
     p = _prior_where(posterior, p, empty)
     elbo = _elbo(model, p, x, mask, ids, plan.seed)

@@ -7,7 +7,7 @@ tuned ones appear once the runs that choose their settings are there.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from itertools import product
 
 from .runs import Results, Run, Size
@@ -31,7 +31,15 @@ FORMS = {
 INITIAL = {"relay_std": (0.3, 1.0, 3.0), "coef_std": (0.01, 0.1, 1.0), "residual_std": (0.0, 0.01, 0.1)}
 TABLES = ("breast_cancer", "digits", "wine", "diabetes")
 LATENT_DIMS = (4, 8, 16, 64)
-TABLE_SCALES = (0.5, "learned")
+TABLE_KINDS = (  # method, linear path, scale
+    ("RVI", True, "learned"),
+    ("RVI", False, "learned"),
+    ("RVI", True, 0.5),
+    ("RVI", False, 0.5),
+    ("VAD", True, "learned"),
+    ("VAD", False, "learned"),
+)
+PEERS = ("RVI", "VAD", "low-rank")
 IMAGE_VARIANTS = {
     "default": {},
     "no linear path": {"linear_path": False},
@@ -52,87 +60,106 @@ def fig2(results: Results, size: Size) -> list[Run]:
     return [main_run(d, m, r, s) for s in range(size.seeds) for d, r, m in product(DATA, RATES, METHODS)]
 
 
-def choices(data: str, method: str, missing: float, mode: str = "dense") -> list[Run]:
-    """The grid of learning rates: of the decoder, and of the rows where there are any."""
+def search(
+    results: Results, data: str, method: str, missing: float, mode: str = "dense"
+) -> tuple[list[Run], Run | None]:
+    """A coordinate search of the grid of learning rates: one for all, then the rows', then the decoder's.
+
+    Judged by hidden training cells. Returns the runs that can be named by now, and the best once all are measured.
+    """
     run = Run(data, method, missing, CHOOSING_SEED, hidden=HIDDEN)
     if method == "VAE":
-        return [run.with_settings(lr=lr) for lr in LRS]
+        runs = [run.with_settings(lr=lr) for lr in LRS]
+        return runs, best(results, runs)
     if mode == "lazy":
-        return [run.with_settings(lr=a, row_lr=b, optimizer_mode="lazy") for a, b in product(LRS, LAZY_ROW_LRS)]
-    return [run.with_settings(lr=a, row_lr=b) for a, b in product(LRS, LRS)]
+        run = run.with_settings(optimizer_mode="lazy")
+    runs = [run.with_settings(lr=lr, row_lr=lr) for lr in LRS]
+    row_lrs = LAZY_ROW_LRS if mode == "lazy" else LRS
+    if found := best(results, runs):
+        runs += [found.with_settings(row_lr=row_lr) for row_lr in row_lrs]
+        if found := best(results, runs):
+            runs += [found.with_settings(lr=lr) for lr in LRS]
+            return list(dict.fromkeys(runs)), best(results, runs)
+    return list(dict.fromkeys(runs)), None
 
 
-def best(results: Results, runs: Iterable[Run]) -> Run:
-    """The run with the least error on hidden training cells at its end; one that diverged is never best."""
+def best(results: Results, runs: list[Run]) -> Run | None:
+    """The run with the least error on hidden training cells at its end; None until all are measured."""
+    if not results.have(runs):
+        return None
 
     def error(run: Run) -> float:
         value = results[run].end("hidden")
-        return math.inf if math.isnan(value) else value
+        return math.inf if math.isnan(value) else value  # diverged
 
     return min(runs, key=error)
 
 
-def tuned_runs(results: Results, size: Size, candidates: list[Run], test: tuple[float, ...] = ()) -> list[Run]:
-    """The best candidate's settings with all cells and the reported seeds; [] while candidates are missing."""
-    if not results.have(candidates):
+def tuned_runs(results: Results, size: Size, data: str, method: str, missing: float, mode: str = "dense") -> list[Run]:
+    """The best learning rates with all cells and the reported seeds; [] while they are not known."""
+    _, winner = search(results, data, method, missing, mode)
+    if winner is None:
         return []
-    winner = best(results, candidates)
-    return [
-        Run(winner.data, winner.method, winner.missing, seed, settings=winner.settings, test=test)
-        for seed in range(size.seeds)
-    ]
+    test = () if mode == "lazy" else (missing or 0.5,)
+    return [Run(data, method, missing, s, settings=winner.settings, test=test) for s in range(size.seeds)]
 
 
 def lr(results: Results, size: Size) -> list[Run]:
     """Every method at its own best learning rates."""
     runs: list[Run] = []
     for rate, data, method in product((0.5, 0.9, 0.0), DATA, METHODS):
-        candidates = choices(data, method, rate)
-        runs += candidates + tuned_runs(results, size, candidates, (rate or 0.5,))
+        runs += search(results, data, method, rate)[0] + tuned_runs(results, size, data, method, rate)
     return runs
 
 
 def scale(results: Results, size: Size) -> list[Run]:
     """The Gaussian likelihood's scale."""
-    runs = []
-    for s, d, r, m, value in product(range(size.seeds), IMAGES, (0.5, 0.9), ("RVI", "VAD"), SCALES):
-        run = main_run(d, m, r, s)
-        runs.append(run if value == 0.02**0.5 else Run(d, m, r, s).with_settings(scale=value))
-    return runs
+    settings = product(range(size.seeds), IMAGES, (0.5, 0.9), ("RVI", "VAD"), SCALES)
+    return [scale_run(d, m, r, s, value) for s, d, r, m, value in settings]
+
+
+def scale_run(data: str, method: str, missing: float, seed: int, value: float | str) -> Run:
+    if value == 0.02**0.5:
+        return main_run(data, method, missing, seed)
+    return Run(data, method, missing, seed).with_settings(scale=value)
 
 
 def lazy(results: Results, size: Size) -> list[Run]:
     """Rows that move only when touched, at the paper's learning rate and at their own best ones."""
     runs = []
     for data in IMAGES:
-        runs += [Run(data, "RVI", 0.5, s).with_settings(optimizer_mode="lazy") for s in range(size.seeds)]
-        candidates = choices(data, "RVI", 0.5, "lazy")
-        runs += candidates + tuned_runs(results, size, candidates)
+        runs += [lazy_run(data, s) for s in range(size.seeds)]
+        runs += search(results, data, "RVI", 0.5, "lazy")[0] + tuned_runs(results, size, data, "RVI", 0.5, "lazy")
     return runs
+
+
+def lazy_run(data: str, seed: int) -> Run:
+    return Run(data, "RVI", 0.5, seed).with_settings(optimizer_mode="lazy")
 
 
 def fig3(results: Results, size: Size) -> list[Run]:
     """Test rows, at the rate of holes that the model was trained with."""
-    return [main_run(d, m, r, s) for s in range(size.seeds) for d, r, m in product(DATA, TEST_RATES, METHODS)]
+    return [main_run(d, m, r, s) for s in range(size.seeds) for d, r, m in product(IMAGES, TEST_RATES, METHODS)]
 
 
 def fig8(results: Results, size: Size) -> list[Run]:
     """The forms of the combination."""
-    runs = []
-    for s, d, r, settings in product(range(size.seeds), IMAGES, (0.0, 0.5), FORMS.values()):
-        run = main_run(d, "RVI", r, s)
-        test = () if r else run.test
-        runs.append(Run(d, "RVI", r, s, test=test).with_settings(**settings) if settings else run)
-    return runs
+    return [form_run(d, r, s, form) for s, d, r, form in product(range(size.seeds), IMAGES, (0.0, 0.5), FORMS)]
+
+
+def form_run(data: str, missing: float, seed: int, form: str) -> Run:
+    if form == "main":
+        return main_run(data, "RVI", missing, seed)
+    return Run(data, "RVI", missing, seed, test=() if missing else (0.5,)).with_settings(**FORMS[form])
 
 
 def fig10(results: Results, size: Size) -> list[Run]:
     """How many relays a row combines."""
-    runs = []
-    for s, d, share in product(range(size.seeds), IMAGES, ACTIVE):
-        run = main_run(d, "RVI", 0.5, s)
-        runs.append(run if share == 0.5 else Run(d, "RVI", 0.5, s).with_settings(active=share))
-    return runs
+    return [active_run(d, s, share) for s, d, share in product(range(size.seeds), IMAGES, ACTIVE)]
+
+
+def active_run(data: str, seed: int, share: float) -> Run:
+    return main_run(data, "RVI", 0.5, seed) if share == 0.5 else Run(data, "RVI", 0.5, seed).with_settings(active=share)
 
 
 def init(results: Results, size: Size) -> list[Run]:
@@ -159,32 +186,40 @@ def tables(results: Results, size: Size) -> list[Run]:
     """Linear path, learned scale, latent size, relays or not; and the low-rank peer."""
     runs = []
     for s, d in product(range(size.seeds), TABLES):
-        for method, linear, value, dim in product(("RVI", "VAD"), (True, False), TABLE_SCALES, LATENT_DIMS):
+        for (method, linear, value), dim in product(TABLE_KINDS, LATENT_DIMS):
             runs.append(table_run(d, method, s, linear_path=linear, scale=value, latent_dim=dim))
-        runs.append(Run(d, "low-rank", 0.5, s))
-        runs += [Run(d, method, 0.5, s, base="auto") for method in ("RVI", "VAD")]
+        runs += [default_run(d, method, 0.5, s) for method in PEERS]
     return runs
+
+
+def default_run(data: str, method: str, missing: float, seed: int) -> Run:
+    """The library's defaults with nothing hidden besides, or the low-rank peer."""
+    return Run(data, method, missing, seed, base="auto")
 
 
 def images(results: Results, size: Size) -> list[Run]:
     """The library's defaults for images, one changed at a time; and the low-rank peer."""
     runs = []
-    for s, d, r in product(range(size.seeds), IMAGES, (0.5, 0.9)):
-        for settings in IMAGE_VARIANTS.values():
-            runs.append(Run(d, "RVI", r, s, base="auto", hidden=HIDDEN).with_settings(**settings))
-        runs += [Run(d, "RVI", r, s, base="auto"), Run(d, "VAD", r, s, base="auto"), Run(d, "low-rank", r, s)]
+    for s, d in product(range(size.seeds), IMAGES):
+        runs += [image_run(d, s, variant) for variant in IMAGE_VARIANTS]
+        runs += [default_run(d, method, r, s) for r, method in product((0.5, 0.9), PEERS)]
     return runs
+
+
+def image_run(data: str, seed: int, variant: str) -> Run:
+    run = Run(data, "RVI", 0.5, seed, base="auto", hidden=HIDDEN)
+    return run.with_settings(**IMAGE_VARIANTS[variant])
 
 
 EXPERIMENTS: dict[str, Callable[[Results, Size], list[Run]]] = {
     "fig2": fig2,
+    "lr": lr,
+    "scale": scale,
+    "lazy": lazy,
     "fig3": fig3,
     "fig4": fig3,
     "fig8": fig8,
     "fig10": fig10,
-    "lr": lr,
-    "scale": scale,
-    "lazy": lazy,
     "init": init,
     "tables": tables,
     "images": images,

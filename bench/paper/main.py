@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -33,28 +34,36 @@ def run_paper(
     return write_page(results, names, size)
 
 
-def wanted(results: Results, names: Sequence[str], size: Size) -> list[Run]:
-    """Runs that are still to be measured, each once."""
-    runs = [run for name in names for run in EXPERIMENTS[name](results, size)]
-    return [run for run in dict.fromkeys(runs) if run not in results]
+def wanted(results: Results, name: str, size: Size) -> list[Run]:
+    """The experiment's runs that can be named by now and are still to be measured, each once."""
+    return [run for run in dict.fromkeys(EXPERIMENTS[name](results, size)) if run not in results]
 
 
 def measure(results: Results, names: Sequence[str], size: Size, workers: int) -> None:
-    """Runs are independent processes' work; results are written as they come, so a kill loses the runs at work only."""
+    """One experiment after the other, its runs in parallel. Results are written as they come: a kill loses few."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, _prepare_worker) as pool, tqdm(unit="run", smoothing=0) as bar:
-        while runs := wanted(results, names, size):
-            bar.total = bar.n + len(runs)
-            futures: dict[Future[Result], Run] = {pool.submit(execute, run, size): run for run in runs}
-            try:
-                for future in as_completed(futures):
-                    results.add(futures[future], future.result())
-                    bar.update()
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+    with ProcessPoolExecutor(workers, context, _prepare_worker) as pool:
+        for name in names:
+            with tqdm(desc=name, unit="run", smoothing=0) as bar:
+                while runs := wanted(results, name, size):
+                    bar.total = bar.n + len(runs)
+                    futures = {pool.submit(execute, run, size): run for run in runs}
+                    _collect(results, futures, pool, bar)
+
+
+def _collect(results: Results, futures: dict[Future[Result], Run], pool: ProcessPoolExecutor, bar: tqdm) -> None:
+    try:
+        for future in as_completed(futures):
+            results.add(futures[future], future.result())
+            bar.update()
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for worker in multiprocessing.active_children():
+            worker.terminate()
+        raise
 
 
 def _prepare_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends a fit early, and that is no result
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)  # momentum of relays that were never selected becomes denormal, and slow

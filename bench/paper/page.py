@@ -1,0 +1,268 @@
+"""The page: every claim beside its numbers, written from the two CSV files alone."""
+
+from __future__ import annotations
+
+import datetime
+import math
+import os
+from collections.abc import Callable, Iterable, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import experiments as ex
+from .claims import CONFIDENCE, EARLY_EPOCHS, Claim, claims
+from .figures import FIGURES, TITLES, on_test
+from .fitting import INFERENCE_STEPS
+from .runs import SIZES, Results, Run, Size, shown
+
+PAGE = "README.md"
+HEAD = """\
+# What relays are good for: the paper's experiments
+
+Written by `{command}`
+from `runs.csv` and `curves.csv` beside it. {runs} runs, {cost}, one thread a run
+({machines}).
+
+Images and the artificial set (300 columns, tanh of mixtures of ten distributions; in the style of the paper's, whose
+generator is not published): {rows}, all columns, {size.epochs} epochs in batches
+of 256, {size.seeds} seeds (of holes, initial values, order and noise). The paper's decoder [64, 64], T = 64, relays
+25/50/100, half of each group active, no weight decay, constant learning rate; Gaussian likelihood of variance 0.02
+unless said otherwise. Holes are MCAR. Tables: the library's defaults, all rows.
+
+Errors are elastic, the mean of |r| + r², at the posterior mean, in units of the data (images in [0, 1]). *Missing*
+counts the holes, *observed* the cells trained on, *hidden* a tenth of the observed training cells, taken from training
+to choose settings by. Learning rates were chosen with another seed than those reported. ± is the standard error over
+seeds.
+
+A verdict is *holds* or *fails* where the paired difference over seeds differs from 0 by Student's t at {confidence},
+else *unclear*. A claim holds if it holds in every setting, and fails if it fails in more settings than it holds in. The
+paper prints curves and no tables, so its claims stand here in our words, and settings that it does not print are ours
+([docs/math.md](../../../../docs/math.md))."""
+CAPTIONS = {
+    "fig2": "Training rows, lr 1e-3. Full: holes (complete rows: all cells); dotted: observed cells; bands: all seeds.",
+    "fig3": "Test rows, observed cells. Full lines: 250 steps of inference a row; dotted: 50. VAE: its encoder.",
+    "fig4": "Test rows, holes. Lines as above.",
+    "fig8": "Forms of the combination. Training rows: holes; complete rows: all cells.",
+    "fig10": "Share of relays that a row combines. Training rows, holes, at the end; a dot a seed.",
+}
+TABLES_TEXT = """\
+## Tables
+
+The library's defaults but for what is named; half of the cells missing, a tenth of the others hidden. Mean squared
+error on missing cells, in z-scores of the complete data. Of each line the best by *hidden* cells is bold."""
+LEARNING_RATES_TEXT = """\
+## Each method at its best learning rates
+
+Grid {{{}}}, searched by coordinates: one rate for all, then the rows', then the decoder's. Models of complete rows are
+tested with half of the cells missing."""
+LRS = ("lr", "row_lr")
+PEER_TITLES = ("RVI, defaults", "VAD, defaults", "low-rank EM")
+
+
+def write_page(results: Results, names: Sequence[str], size_name: str) -> Path:
+    """Draw the figures and write the page of the experiments `names`, all of whose runs are there; returns its path."""
+    size = SIZES[size_name]
+    made = claims(results, size)
+    parts = [_head(results, names, size_name), _verdicts(made)]
+    for name in names:
+        if name in FIGURES:
+            FIGURES[name](results, size, results.folder / f"{name}.png")
+            parts.append(f"![{name}]({name}.png)\n\n{CAPTIONS[name]}")
+    parts += [SECTIONS[name](results, size) for name in names if name in SECTIONS]
+    parts.append("## Every comparison\n\n" + "\n\n".join(map(_comparisons, made)))
+    page = results.folder / PAGE
+    part = page.with_suffix(".part")
+    part.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    os.replace(part, page)
+    return page
+
+
+def table(header: Sequence[Any], rows: Iterable[Sequence[Any]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def spread(values: Iterable[float]) -> str:
+    """Mean and standard error over seeds."""
+    found = np.array(list(values), dtype=float)
+    error = found.std(ddof=1) / math.sqrt(len(found)) if len(found) > 1 else math.nan
+    return f"{found.mean():.4f} ± {error:.4f}"
+
+
+def _title(data: str, rate: float) -> str:
+    return f"{TITLES.get(data, data)}, {rate:.0%}"
+
+
+def _head(results: Results, names: Sequence[str], size_name: str) -> str:
+    size, found = SIZES[size_name], results.results.values()
+    seconds = sum(result.seconds for result in found)
+    return HEAD.format(
+        command=f"rvi-fast paper {'--quick ' if size_name == 'quick' else ''}--only {','.join(names)}",
+        runs=len(found),
+        cost=f"{_wall(results) / 3600:.1f} h of wall time, {seconds / 3600:.1f} h of processor time",
+        machines="; ".join(sorted({result.machine for result in found})),
+        rows=f"the first {size.train_rows:,} training and {size.test_rows:,} test rows",
+        size=size,
+        confidence=f"{2 * CONFIDENCE - 1:.0%}",
+    )
+
+
+def _wall(results: Results) -> float:
+    """Seconds in which at least one run was at work."""
+    spans = []
+    for result in results.results.values():
+        finished = datetime.datetime.fromisoformat(result.finished).timestamp()
+        spans.append((finished - result.seconds, finished))
+    total, end = 0.0, -math.inf
+    for start, stop in sorted(spans):
+        total += max(0.0, stop - max(start, end))
+        end = max(end, stop)
+    return total
+
+
+def _verdicts(made: Sequence[Claim]) -> str:
+    rows = [(c.sentence, *map(c.count, ("holds", "unclear", "fails")), f"**{c.verdict}**") for c in made]
+    return "## Verdicts\n\n" + table(("claim", "settings: holds", "unclear", "fails", "verdict"), rows)
+
+
+def _comparisons(claim: Claim) -> str:
+    rows = []
+    for c in claim.comparisons:
+        difference = f"{c.difference:+.4f} ± {c.error:.4f}"
+        rows.append((c.setting, f"{np.mean(c.ours):.4f}", f"{np.mean(c.theirs):.4f}", difference, c.verdict))
+    header = ("setting", claim.ours, claim.theirs, "difference", "verdict")
+    return f"**{claim.sentence}**: {claim.verdict}. Measured: {claim.measure}.\n\n{table(header, rows)}"
+
+
+def _learning_rates(results: Results, size: Size) -> str:
+    rows = []
+    for data, rate, method in product(ex.DATA, ex.RATES, ex.METHODS):
+        _, winner = ex.search(results, data, method, rate)
+        assert winner is not None
+        tuned = [results[run] for run in ex.tuned_runs(results, size, data, method, rate)]
+        step = {"protocol": "encoder"} if method == "VAE" else {"protocol": "row", "step": max(INFERENCE_STEPS)}
+        rows.append(
+            (
+                _title(data, rate),
+                method,
+                *(f"{dict(winner.settings)[name]:g}" if name in dict(winner.settings) else "" for name in LRS),
+                f"{results[winner].end('hidden'):.4f}",
+                spread(result.end("missing") for result in tuned) if rate else "",
+                spread(result.end("missing", rows="test", **step) for result in tuned),
+            )
+        )
+    header = ("setting", "method", *LRS, "hidden, when chosen", "missing, training rows", "missing, test rows")
+    return f"{LEARNING_RATES_TEXT.format(', '.join(f'{lr:g}' for lr in ex.LRS))}\n\n{table(header, rows)}"
+
+
+def _scale(results: Results, size: Size) -> str:
+    rows = []
+    for data, rate, method in product(ex.IMAGES, (0.5, 0.9), ("RVI", "VAD")):
+        runs = ([ex.scale_run(data, method, rate, s, value) for s in range(size.seeds)] for value in ex.SCALES)
+        rows.append((_title(data, rate), method, *(_missing(results, of_scale) for of_scale in runs)))
+    names = [f"{value:.2g}" if isinstance(value, float) else value for value in ex.SCALES]
+    text = "## Scale of the Gaussian\n\nlr 1e-3. Standard deviations; learned: one a column."
+    return f"{text}\n\n{table(('missing, training rows', 'method', *names), rows)}"
+
+
+def _missing(results: Results, runs: Iterable[Run]) -> str:
+    return spread(results[run].end("missing") for run in runs)
+
+
+def _lazy(results: Results, size: Size) -> str:
+    rows = []
+    for data, mode in product(ex.IMAGES, ("dense", "lazy")):
+        plain = [
+            ex.lazy_run(data, s) if mode == "lazy" else ex.main_run(data, "RVI", 0.5, s) for s in range(size.seeds)
+        ]
+        tuned = ex.tuned_runs(results, size, data, "RVI", 0.5, mode)
+        if tuned and results.have(tuned):  # dense ones belong to the experiment lr
+            chosen = shown(tuple(pair for pair in tuned[0].settings if pair[0] in LRS))
+            rows.append((_title(data, 0.5), mode, _missing(results, plain), _missing(results, tuned), chosen))
+    header = ("missing, training rows", "rows' Adam", "lr 1e-3", "at its best", "which is")
+    return f"## Dense-equivalent and lazy Adam\n\n{table(header, rows)}"
+
+
+def _protocols(results: Results, size: Size) -> str:
+    rows = []
+    for data, method, protocol, step in product(ex.IMAGES, ("RVI", "VAD"), ("row", "epochs"), INFERENCE_STEPS):
+        errors = (on_test(results, size, data, method, r, "missing", step, protocol) for r in ex.TEST_RATES)
+        rows.append((TITLES[data], method, protocol, step, *map(spread, errors)))
+    header = ("missing, test rows", "method", "protocol", "steps", *(f"{r:.0%}" for r in ex.TEST_RATES))
+    return f"## Protocols of inference\n\nlr 1e-3.\n\n{table(header, rows)}"
+
+
+def _share(results: Results, size: Size) -> str:
+    rows = []
+    for data in ex.IMAGES:
+        runs = ([ex.active_run(data, s, share) for s in range(size.seeds)] for share in ex.ACTIVE)
+        rows.append((_title(data, 0.5), *(_missing(results, of_share) for of_share in runs)))
+    return "## Share of active relays\n\nlr 1e-3.\n\n" + table(("missing, training rows", *ex.ACTIVE), rows)
+
+
+def _initial(results: Results, size: Size) -> str:
+    rows = []
+    for data, (name, values) in product(ex.IMAGES, ex.INITIAL.items()):
+        for value in values:
+            runs = [ex.initial_run(data, s, name, value) for s in range(size.seeds)]
+            early = (
+                [p.missing for p in results[r].points if p.rows == "train" and p.step <= EARLY_EPOCHS] for r in runs
+            )
+            rows.append((_title(data, 0.5), name, value, spread(map(np.mean, early)), _missing(results, runs)))
+    header = ("missing, training rows", "initial", "value", f"first {EARLY_EPOCHS} epochs", "end")
+    return f"## Initial values\n\nlr 1e-3, one changed at a time.\n\n{table(header, rows)}"
+
+
+def _tables(results: Results, size: Size) -> str:
+    parts = [TABLES_TEXT]
+    for data in ex.TABLES:
+        rows = []
+        for method, linear, value in ex.TABLE_KINDS:
+            errors = []
+            for dim in ex.LATENT_DIMS:
+                settings = {"linear_path": linear, "scale": value, "latent_dim": dim}
+                found = [results[ex.table_run(data, method, s, **settings)] for s in range(size.seeds)]
+                errors.append((np.mean([r.end("hidden") for r in found]), spread(r.end("mse") for r in found)))
+            least = min(errors)[0]
+            marked = (f"**{text}**" if hidden == least else text for hidden, text in errors)
+            rows.append((method, "yes" if linear else "no", value, *marked))
+        header = (data, "linear path", "scale", *(f"latent {dim}" for dim in ex.LATENT_DIMS))
+        parts.append(table(header, rows))
+    peers = _peers(results, size, [(data, 0.5) for data in ex.TABLES], "mse")
+    return "\n\n".join([*parts, "With nothing hidden besides, in the same units:", peers])
+
+
+def _images(results: Results, size: Size) -> str:
+    rows = []
+    for variant in ex.IMAGE_VARIANTS:
+        runs = ([ex.image_run(data, s, variant) for s in range(size.seeds)] for data in ex.IMAGES)
+        rows.append((variant, *(spread(results[run].end("hidden") for run in of_data) for of_data in runs)))
+    changed = table(("hidden, training rows", *(_title(data, 0.5) for data in ex.IMAGES)), rows)
+    peers = _peers(results, size, list(product(ex.IMAGES, (0.5, 0.9))), "missing")
+    return (
+        f"## Images with the library's defaults\n\nTrained for {size.epochs} epochs, one setting changed at a time:"
+        f"\n\n{changed}\n\nOn holes, with nothing hidden besides:\n\n{peers}"
+    )
+
+
+def _peers(results: Results, size: Size, settings: Sequence[tuple[str, float]], cells: str) -> str:
+    rows = []
+    for data, rate in settings:
+        runs = ([ex.default_run(data, method, rate, s) for s in range(size.seeds)] for method in ex.PEERS)
+        rows.append((_title(data, rate), *(spread(results[run].end(cells) for run in peer) for peer in runs)))
+    return table((f"{'squared error, ' if cells == 'mse' else ''}missing", *PEER_TITLES), rows)
+
+
+SECTIONS: dict[str, Callable[[Results, Size], str]] = {
+    "lr": _learning_rates,
+    "scale": _scale,
+    "lazy": _lazy,
+    "fig4": _protocols,
+    "fig10": _share,
+    "init": _initial,
+    "tables": _tables,
+    "images": _images,
+}
