@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from itertools import product
+from typing import Any
 
 from .runs import Results, Run, Size
 
@@ -23,7 +24,7 @@ CHOOSING_SEED = 100  # of the runs that settings are chosen by: other holes, oth
 HIDDEN = 0.1  # share of observed training cells hidden in these
 SCALES = (0.1, 0.02**0.5, 0.1**0.5, "learned")
 ACTIVE = (0.1, 0.3, 0.5, 0.7, 0.9)
-FORMS = {
+FORMS: dict[str, dict[str, Any]] = {
     "main": {},
     "clustering": {"active": 1},
     "softmax mixture": {"coefficients": "softmax", "active": 1.0},
@@ -40,7 +41,7 @@ TABLE_KINDS = (  # method, linear path, scale
     ("VAD", False, "learned"),
 )
 PEERS = ("RVI", "VAD", "low-rank")
-IMAGE_VARIANTS = {
+IMAGE_VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "no linear path": {"linear_path": False},
     "scale 0.14": {"scale": 0.02**0.5},
@@ -177,7 +178,7 @@ def initial_run(data: str, seed: int, name: str, value: float) -> Run:
     return Run(data, "RVI", 0.5, seed).with_settings(**{name: value})
 
 
-def table_run(data: str, method: str, seed: int, **settings: object) -> Run:
+def table_run(data: str, method: str, seed: int, **settings: Any) -> Run:
     """The library's defaults on a table with half of its cells missing; some more are hidden to choose by."""
     return Run(data, method, 0.5, seed, base="auto", hidden=HIDDEN).with_settings(**settings)
 

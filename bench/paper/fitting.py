@@ -22,7 +22,7 @@ from rvi_fast.model import EncoderModel, RowModel
 from ..peers.low_rank import low_rank_impute
 from .runs import Point, Result, Run, Size, machine, now
 
-METHODS: dict[str, type[Estimator]] = {"RVI": RVI, "VAD": VAD, "VAE": VAE}
+METHODS: dict[str, Callable[..., Estimator]] = {"RVI": RVI, "VAD": VAD, "VAE": VAE}
 IMAGES = ("mnist", "fashion")
 TABLES = ("breast_cancer", "digits", "wine", "diabetes", "iris")
 EPOCHS = (1, 2, 3, 5, 8, 12, 16, 20, 30, 40, 50)  # a curve is measured after these, and at the end
@@ -103,7 +103,7 @@ def execute(run: Run, size: Size) -> Result:
 def estimator(run: Run, size: Size) -> Estimator:
     """The run's estimator, with the arguments of its base that it takes."""
     cls = METHODS[run.method]
-    takes = inspect.signature(cls.__init__).parameters
+    takes = inspect.signature(cls).parameters
     settings: dict[str, Any] = {}
     if run.base == "paper":
         settings = {k: v for k, v in defaults.PAPER.items() if k in takes}
@@ -187,8 +187,9 @@ def _inferred(model: RowEstimator, x: Tensor, mask: Tensor, protocol: str) -> li
 def _fit_low_rank(run: Run, X: np.ndarray, observed: np.ndarray, cells: Cells) -> list[Point]:
     """The linear peer; it chooses rank and steps on observed cells that it hides itself."""
     holed = np.where(observed, X, np.nan)
-    images = run.data in IMAGES
-    fill: Callable[..., np.ndarray] = functools.partial(low_rank_impute, **({"ranks": LOW_RANKS} if images else {}))
-    filled = fill(holed, standardize=not images, seed=run.seed)
+    if run.data in IMAGES:
+        filled = low_rank_impute(holed, LOW_RANKS, standardize=False, seed=run.seed)
+    else:
+        filled = low_rank_impute(holed, seed=run.seed)
     errors = cells.errors(torch.from_numpy(filled).float())
     return [Point("train", "", run.missing, 0, **errors | {"observed": float("nan")})]
