@@ -11,7 +11,7 @@ import torch
 
 from rvi_fast import RVI, cli, metrics
 from rvi_fast.bench.paper import experiments, main
-from rvi_fast.bench.paper.claims import Claim, Comparison, claims
+from rvi_fast.bench.paper.claims import Claim, Comparison, claims, epochs_to
 from rvi_fast.bench.paper.fitting import INFERENCE_STEPS, Cells, _inferred, estimator, execute
 from rvi_fast.bench.paper.runs import SIZES, Point, Result, Results, Run, Size
 
@@ -148,6 +148,13 @@ def test_verdicts():
 
     assert verdict(below, below) == "holds" and verdict(below, equal) == verdict(below, above) == "unclear"
     assert verdict(above, equal) == "fails"
+
+
+def test_epochs_to_a_level():
+    epochs, errors = np.array([1, 2, 8, 16]), np.array([1.0, 0.8, 0.4, 0.6])
+    assert epochs_to(1.0, epochs, errors) == 1 and epochs_to(0.8, epochs, errors) == pytest.approx(2)
+    assert epochs_to(0.6, epochs, errors) == pytest.approx(4)  # half-way from 2 to 8 in the logarithm
+    assert epochs_to(0.4, epochs, errors) == pytest.approx(8)
 
 
 def test_the_page_has_every_claim_and_figure(tmp_path):

@@ -14,7 +14,6 @@ from .experiments import DATA, IMAGES, RATES, TEST_RATES, form_run, lazy_run, ma
 from .fitting import INFERENCE_STEPS
 from .runs import Results, Run, Size
 
-EARLY_EPOCHS = 20  # "faster" is judged by the mean error over the measurements up to here
 CONFIDENCE = 0.975  # two-sided 95 %
 
 
@@ -67,7 +66,7 @@ class Claim:
         return "fails" if self.count("fails") > self.count("holds") else "unclear"
 
 
-Measure = Callable[[Run], float]
+Measure = Callable[[Run, Run], float]  # of a run, beside the one that it is compared with
 Pairs = Iterator[tuple[str, Sequence[Run], Sequence[Run]]]  # setting, our runs and theirs in the order of seeds
 
 
@@ -78,7 +77,7 @@ def claims(results: Results, size: Size) -> list[Claim]:
         comparisons = []
         for setting, our_runs, their_runs in pairs:
             if our_runs and their_runs and results.have((*our_runs, *their_runs)):
-                values = tuple(map(value, our_runs)), tuple(map(value, their_runs))
+                values = tuple(map(value, our_runs, their_runs)), tuple(map(value, their_runs, our_runs))
                 comparisons.append(Comparison(setting, *values))
         if comparisons:
             made.append(Claim(sentence, measure, ours, theirs, tuple(comparisons)))
@@ -86,7 +85,7 @@ def claims(results: Results, size: Size) -> list[Claim]:
 
 
 def _questions(results: Results, size: Size) -> Iterator[tuple[str, str, str, str, Measure, Pairs]]:
-    def at_end(run: Run) -> float:
+    def at_end(run: Run, other: Run) -> float:
         """On holes of the training rows; without holes there, of test rows with half of their cells missing."""
         return results[run].end("missing") if run.missing else on_test(run, max(INFERENCE_STEPS), 0.5)
 
@@ -94,17 +93,22 @@ def _questions(results: Results, size: Size) -> Iterator[tuple[str, str, str, st
         where: dict[str, Any] = {"protocol": "encoder"} if run.method == "VAE" else {"protocol": "row", "step": step}
         return results[run].end("missing", rows="test", rate=rate, **where)
 
-    def early(run: Run) -> float:
-        cells = "missing" if run.missing else "observed"
-        points = [p for p in results[run].points if p.rows == "train" and p.step <= EARLY_EPOCHS]
-        return float(np.mean([getattr(p, cells) for p in points]))
+    def until(run: Run, other: Run) -> float:
+        """Epochs until the least error that both reach."""
+        level = max(curve(run)[1].min(), curve(other)[1].min())
+        return epochs_to(level, *curve(run))
 
-    def tested(run: Run) -> float:
+    def curve(run: Run) -> tuple[np.ndarray, np.ndarray]:
+        points = [p for p in results[run].points if p.rows == "train"]
+        cells = "missing" if run.missing else "observed"
+        return np.array([p.step for p in points]), np.array([getattr(p, cells) for p in points])
+
+    def tested(run: Run, other: Run) -> float:
         return on_test(run, max(INFERENCE_STEPS), run.test[0])
 
-    def disparity(run: Run) -> float:
+    def disparity(run: Run, other: Run) -> float:
         """How much more error a model of complete rows makes than one trained on rows with holes."""
-        return tested(run) - tested(dataclasses.replace(run, missing=0.5))
+        return tested(run, other) - tested(dataclasses.replace(run, missing=0.5), other)
 
     def seeds(data: str, method: str, rate: float) -> list[Run]:
         return [main_run(data, method, rate, s) for s in range(size.seeds)]
@@ -130,12 +134,12 @@ def _questions(results: Results, size: Size) -> Iterator[tuple[str, str, str, st
             yield _setting(d, 0.5), *pair
 
     holes = "holes of training rows (complete training rows: holes of test rows) at the end"
-    start = f"holes of training rows (complete rows: all cells), mean over the first {EARLY_EPOCHS} epochs"
+    start = "epochs until the least error that both reach, on holes of training rows (complete rows: on all cells)"
     test = "holes of test rows, 250 steps a row"
     for other in ("VAD", "VAE"):
-        yield f"RVI converges faster than {other}, lr 1e-3", start, "RVI", other, early, equal(other)
+        yield f"RVI converges faster than {other}, lr 1e-3", start, "RVI", other, until, equal(other)
         yield f"RVI ends better than {other}, lr 1e-3", holes, "RVI", other, at_end, equal(other)
-        yield f"RVI converges faster than {other}, each at its best lr", start, "RVI", other, early, each_best(other)
+        yield f"RVI converges faster than {other}, each at its best lr", start, "RVI", other, until, each_best(other)
         yield f"RVI ends better than {other}, each at its best lr", holes, "RVI", other, at_end, each_best(other)
         yield f"RVI fills new rows better than {other}", test, "RVI", other, tested, equal(other, TEST_RATES)
         yield (
@@ -174,6 +178,15 @@ def _questions(results: Results, size: Size) -> Iterator[tuple[str, str, str, st
         at_end,
         lazy(True),
     )
+
+
+def epochs_to(level: float, epochs: np.ndarray, errors: np.ndarray) -> float:
+    """When a curve first falls to `level`, interpolated in the logarithm of the epoch; it must fall so far."""
+    after = int(np.argmax(errors <= level))
+    if after == 0:
+        return float(epochs[0])
+    span = slice(after - 1, after + 1)
+    return float(np.exp(np.interp(-level, -errors[span], np.log(epochs[span]))))
 
 
 def _setting(data: str, rate: float) -> str:
