@@ -224,8 +224,20 @@ class AdamClock(_OnDevice):
         if self.index == 0 or len(last) == 0:
             return p, m, v
         missed = self.missed(last)
+        exact = self.exact_entries(p, m, v, last, missed)
         now = reference.catch_up(p, m, v, missed, self.hyper.eps)
+        for at, values in exact:
+            now[0][at] = values
+        return now
+
+    def exact_entries(
+        self, p: Tensor, m: Tensor, v: Tensor, last: Tensor, missed: Missed
+    ) -> list[tuple[tuple[Tensor, Tensor], Tensor]]:
+        """Entries of p (rows and columns) for which two nodes are not exact enough, and what they are now."""
         summed = self._summed(m, v, last, missed)
+        if summed is None:
+            return []
+        found = []
         rows = summed.any(1).nonzero()[:, 0]
         if len(rows):
             weight, shrink = self._missed_steps(last[rows].long())
@@ -233,18 +245,20 @@ class AdamClock(_OnDevice):
                 row, column = entries.unbind(1)
                 at = rows[row], column
                 moved = reference.missed_displacement(m[at], v[at], weight[row], shrink[row], self.hyper.eps)
-                now[0][at] = ((p[at].double() - moved) * missed.decay[rows[row]]).to(p.dtype)
-        return now
+                found.append((at, ((p[at].double() - moved) * missed.decay[rows[row]]).to(p.dtype)))
+        return found
 
-    def _summed(self, m: Tensor, v: Tensor, last: Tensor, missed: Missed) -> Tensor:
-        """Entries for which two nodes are not exact enough, bool [B, C]."""
+    def _summed(self, m: Tensor, v: Tensor, last: Tensor, missed: Missed) -> Tensor | None:
+        """Entries for which two nodes are not exact enough, bool [B, C]; None if there are none."""
         behind = last < self.index
         if not self.closed_form:
             return behind[:, None] & (m != 0)
         if self.hyper.beta1 <= 0.9 and self.hyper.beta2 >= 0.999:
             behind = behind & (last + (self.steps - self.index) < EARLY_STEPS)
-        summed = torch.zeros_like(m, dtype=torch.bool)
         rows = behind.nonzero()[:, 0]
+        if not len(rows):
+            return None
+        summed = torch.zeros_like(m, dtype=torch.bool)
         floor = (EPS_MEETS_GRADIENT * self.hyper.eps * missed.node2[rows, None]).to(v.dtype)
         summed[rows] = (m[rows] != 0) & (v[rows].sqrt() < floor)
         return summed

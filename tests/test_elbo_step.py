@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import rvi_fast
-from rvi_fast.elbo_step import ElboStep
+from rvi_fast.elbo_step import ElboStep, _form
 from rvi_fast.likelihoods import Bernoulli, Gaussian
 from rvi_fast.model import RowModel
 from rvi_fast.nn import MeanFieldPosterior, MLPDecoder, RelayPosterior
@@ -392,13 +392,19 @@ def frozen() -> RowModel:
         (softmax, "its coefficients are 'softmax', not 'linear'"),
         (other_likelihood, "neither Gaussian nor Bernoulli"),
         (frozen, "some of its parameters are frozen"),
-        (lambda: make_model(hidden=(129,)), "latent_dim or hidden layers above 128"),
         (lambda: make_model(dtype=torch.float16), "torch.float16 tables"),
         (lambda: nn.Linear(2, 2), "no RelayPosterior"),
     ],
 )
 def test_says_which_models_it_cannot_train(model, reason):
     assert reason in ElboStep.supports(model())
+
+
+def test_wide_models_are_for_the_cpu_alone():
+    model = make_model(hidden=(129,))
+    assert ElboStep.supports(model) is None
+    table = model.posterior.table.store.values.float().to("meta")  # stands for a GPU's
+    assert elbo.unsupported(table, 5, _form(model)) == "latent_dim or hidden layers above 128"
 
 
 def test_says_which_optimizers_it_cannot_follow():

@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import dispatch, reference
 from ..clock import AdamClock
 from ..reference import AdamHyper
+from . import elbo_cpu
 from .checks import check_distinct_rows, check_one_device, values_at_hand
 from .likelihoods import check_x, twin_x
 from .registry import operator
@@ -83,11 +84,12 @@ def shared_views(flat: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor
 
 
 def unsupported(values: Tensor, latent_dim: int, model: ElboModel) -> str | None:
-    """What keeps the fused step's kernels from a model with such a table, if anything does."""
+    """What keeps the fused step from a model with such a table, if anything does."""
     compiled = values.device.type == "cuda"  # Triton 3.6 fails on tl.dot of float64
     if values.dtype not in ((torch.float32,) if compiled else (torch.float32, torch.float64)):
         return f"{values.dtype} tables"
-    if max(latent_dim, *model.hidden, 0) > WIDEST:
+    kernels = values.device.type != "cpu" or dispatch.use_triton("elbo_step", values.device)
+    if kernels and max(latent_dim, *model.hidden, 0) > WIDEST:
         return f"latent_dim or hidden layers above {WIDEST}"
     return None
 
@@ -127,6 +129,8 @@ def _run(*args: Any) -> None:
     latent_dim = (table.values.shape[2] - sum(model.groups)) // 2
     if dispatch.use_triton("elbo_step", table.values.device, unsupported(table.values, latent_dim, model)):
         launch(table, batch, shared, model)
+    elif table.values.device.type == "cpu":
+        elbo_cpu.step(table, batch, shared, model)
     else:
         _equations(table, batch, shared, model)
 
