@@ -1,7 +1,7 @@
 """The fused training step on a CPU: its backward by hand, products by BLAS, arrays that stay from step to step.
 
-What it computes stands in `elbo._equations`. Elementwise work is in place: an array of a batch's cells that is made anew
-costs more in page faults than the arithmetic on it.
+What it computes stands in `elbo._equations`. Elementwise work is in place: an array of a batch's cells that is made
+anew costs more in page faults than the arithmetic on it.
 """
 
 from __future__ import annotations
@@ -96,10 +96,10 @@ def _read_rows(table: RowState, rows: Tensor, last: Tensor, clock: AdamClock, a:
     missed = clock.missed(last)
     exact = clock.exact_entries(p, m, v, last, missed)
     w1, e1, w2, e2, decay, decay_m, decay_v = (c.to(p.dtype)[:, None] for c in missed)
-    eps, tiny = clock.hyper.eps, torch.finfo(p.dtype).tiny ** 0.75
+    eps, least = clock.hyper.eps, reference.least_root(p.dtype)
     torch.sqrt(v, out=a.root)
-    torch.add(a.root, e1 * eps, out=a.moved).clamp_min_(tiny)
-    a.root.add_(e2 * eps).clamp_min_(tiny)
+    torch.add(a.root, e1 * eps, out=a.moved).clamp_min_(least)
+    a.root.add_(e2 * eps).clamp_min_(least)
     torch.div(w1, a.moved, out=a.moved)
     torch.div(w2, a.root, out=a.root)
     p.addcmul_(m, a.moved.add_(a.root), value=-1).mul_(decay)
@@ -203,7 +203,8 @@ def _loss(
     """The sum of nll; the gradient of its mean over rows replaces a.xhat."""
     at = slice(len(rows)) if batch.gathered else rows
     x, mask = twin_x(batch.x[at], None if batch.mask is None else batch.mask[at], batch.x_scale, a.x.dtype)
-    torch.nan_to_num(x, 0.0, 0.0, 0.0, out=a.x)
+    bits = reference.INTEGERS[x.itemsize]
+    torch.bitwise_and(x.contiguous().view(bits), mask.to(bits).neg_(), out=a.x.view(bits))  # 0 in holes, all else kept
     a.mask.copy_(mask)
     share = 1 / len(rows)
     if model.likelihood == "bernoulli":

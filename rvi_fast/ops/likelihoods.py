@@ -122,8 +122,8 @@ def _run_gaussian(
 
 def _derivatives(xhat: Tensor, x: Tensor, mask: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """Of each entry's Gaussian loss, by xhat and by its scale: [B, D] each. Below autograd the twin cannot tell."""
-    r = (xhat - reference.finite(x)) / scale
-    return mask * r / scale, mask * (1 - r * r) / scale
+    r = mask * (xhat - reference.without_holes(x, mask)) / scale
+    return r / scale, mask * (1 - r * r) / scale
 
 
 def _fake_nll(output: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor]:
@@ -198,7 +198,7 @@ def masked_bernoulli_nll(logits: Tensor, x: Tensor, mask: Tensor | None, *, x_sc
     if values_at_hand(x) or not use_kernel:
         cells, observed = twin_x(x, mask, x_scale, logits.dtype)
         if values_at_hand(x):
-            low, high = torch.aminmax(cells.masked_fill(~observed, 0.0))
+            low, high = torch.aminmax(reference.without_holes(cells, observed))
             if not (low >= 0 and high <= 1):
                 raise ValueError(f"x must lie in [0, 1] where it is observed; got {float(low)} .. {float(high)}")
     if use_kernel:
@@ -217,7 +217,7 @@ def _run_bernoulli(
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     x, mask = twin_x(x, mask, x_scale, wide.dtype)
     nll = reference.masked_bernoulli_nll(wide, x, mask)
-    residual = (mask * (torch.sigmoid(wide) - reference.finite(x))).to(logits.dtype)
+    residual = (mask * (torch.sigmoid(wide) - reference.without_holes(x, mask))).to(logits.dtype)
     return nll, residual if with_gradient else logits.new_empty(0)
 
 
