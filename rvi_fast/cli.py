@@ -118,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Run the experiments and write runs.csv, curves.csv, figures and a page to OUT. Runs that OUT "
         "holds already are not repeated, so a run that was interrupted goes on where it stopped.",
     )
-    paper.add_argument("-o", "--out", default="rvi-fast-paper", help="folder of the results (default: %(default)s)")
+    paper.add_argument("-o", "--out", help="folder of the results (default: rvi-fast-paper-quick or -full)")
     paper.add_argument("--quick", action="store_true", help="4,000 rows, 60 epochs, 3 seeds: two hours on 2 cores")
     paper.add_argument(
         "--only",

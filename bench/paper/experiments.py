@@ -6,10 +6,11 @@ tuned ones appear once the runs that choose their settings are there.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from itertools import product
 from typing import Any
+
+from rvi_fast.defaults import PAPER_SCALE
 
 from .runs import Results, Run, Size
 
@@ -18,11 +19,11 @@ IMAGES = ("mnist", "fashion")
 METHODS = ("RVI", "VAD", "VAE")
 RATES = (0.0, 0.5, 0.9)
 TEST_RATES = (0.1, 0.3, 0.5, 0.7, 0.9)
-LRS = (3e-4, 1e-3, 3e-3, 1e-2)
-LAZY_ROW_LRS = (*LRS, 3e-2)  # a lazy row takes fewer steps, so it may want larger ones
+LRS = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+ENCODER_INPUTS = ("zero", "mean", "zero+mask")  # what a VAE's encoder sees in a hole
 CHOOSING_SEED = 100  # of the runs that settings are chosen by: other holes, other initial values
 HIDDEN = 0.1  # share of observed training cells hidden in these
-SCALES = (0.1, 0.02**0.5, 0.1**0.5, "learned")
+SCALES = (0.1, PAPER_SCALE, 0.1**0.5, "learned")
 ACTIVE = (0.1, 0.3, 0.5, 0.7, 0.9)
 FORMS: dict[str, dict[str, Any]] = {
     "main": {},
@@ -40,11 +41,11 @@ TABLE_KINDS = (  # method, linear path, scale
     ("VAD", True, "learned"),
     ("VAD", False, "learned"),
 )
-PEERS = ("RVI", "VAD", "low-rank")
+PEERS = ("RVI", "VAD", "low-rank", "PPCA")
 IMAGE_VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "no linear path": {"linear_path": False},
-    "scale 0.14": {"scale": 0.02**0.5},
+    "scale 0.14": {"scale": PAPER_SCALE},
     "lr 1e-3": {"lr": 1e-3},
     "lr 1e-2": {"lr": 1e-2},
     "constant lr": {"schedule": "constant"},
@@ -53,7 +54,8 @@ IMAGE_VARIANTS: dict[str, dict[str, Any]] = {
 
 def main_run(data: str, method: str, missing: float, seed: int) -> Run:
     """The paper's setting at lr 1e-3; a model of complete rows is tested on rows with half of their cells missing."""
-    return Run(data, method, missing, seed, test=(missing or 0.5,))
+    run = Run(data, method, missing, seed, test=(missing or 0.5,))
+    return run.with_settings(missing="zero") if method == "VAE" else run
 
 
 def fig2(results: Results, size: Size) -> list[Run]:
@@ -64,24 +66,25 @@ def fig2(results: Results, size: Size) -> list[Run]:
 def search(
     results: Results, data: str, method: str, missing: float, mode: str = "dense"
 ) -> tuple[list[Run], Run | None]:
-    """A coordinate search of the grid of learning rates: one for all, then the rows', then the decoder's.
+    """A coordinate search of the grid: one learning rate for all, then the rows', then the decoder's; for a VAE its
+    rate, then what its encoder sees in a hole.
 
     Judged by hidden training cells. Returns the runs that can be named by now, and the best once all are measured.
     """
     run = Run(data, method, missing, CHOOSING_SEED, hidden=HIDDEN)
     if method == "VAE":
-        runs = [run.with_settings(lr=lr) for lr in LRS]
-        return runs, best(results, runs)
-    if mode == "lazy":
-        run = run.with_settings(optimizer_mode="lazy")
-    runs = [run.with_settings(lr=lr, row_lr=lr) for lr in LRS]
-    row_lrs = LAZY_ROW_LRS if mode == "lazy" else LRS
-    if found := best(results, runs):
-        runs += [found.with_settings(row_lr=row_lr) for row_lr in row_lrs]
-        if found := best(results, runs):
-            runs += [found.with_settings(lr=lr) for lr in LRS]
-            return list(dict.fromkeys(runs)), best(results, runs)
-    return list(dict.fromkeys(runs)), None
+        run, stages = run.with_settings(missing="zero"), [("lr", LRS), ("missing", ENCODER_INPUTS)]
+        runs = []
+    else:
+        run = run.with_settings(optimizer_mode="lazy") if mode == "lazy" else run
+        runs = [run.with_settings(lr=lr, row_lr=lr) for lr in LRS]
+        stages = [("row_lr", LRS), ("lr", LRS)]
+    for name, values in stages:
+        found = best(results, runs) if runs else run
+        if found is None:
+            return runs, None
+        runs = list(dict.fromkeys([*runs, *(found.with_settings(**{name: value}) for value in values)]))
+    return runs, best(results, runs)
 
 
 def best(results: Results, runs: list[Run]) -> Run | None:
@@ -89,11 +92,7 @@ def best(results: Results, runs: list[Run]) -> Run | None:
     if not results.have(runs):
         return None
 
-    def error(run: Run) -> float:
-        value = results[run].end("hidden")
-        return math.inf if math.isnan(value) else value  # diverged
-
-    return min(runs, key=error)
+    return min(runs, key=lambda run: results[run].end("hidden"))
 
 
 def tuned_runs(results: Results, size: Size, data: str, method: str, missing: float, mode: str = "dense") -> list[Run]:
@@ -116,11 +115,11 @@ def lr(results: Results, size: Size) -> list[Run]:
 def scale(results: Results, size: Size) -> list[Run]:
     """The Gaussian likelihood's scale."""
     settings = product(range(size.seeds), IMAGES, (0.5, 0.9), ("RVI", "VAD"), SCALES)
-    return [scale_run(d, m, r, s, value) for s, d, r, m, value in settings]
+    return [scale_run(d, m, r, value, s) for s, d, r, m, value in settings]
 
 
-def scale_run(data: str, method: str, missing: float, seed: int, value: float | str) -> Run:
-    if value == 0.02**0.5:
+def scale_run(data: str, method: str, missing: float, value: float | str, seed: int) -> Run:
+    if value == PAPER_SCALE:
         return main_run(data, method, missing, seed)
     return Run(data, method, missing, seed).with_settings(scale=value)
 
@@ -129,9 +128,13 @@ def lazy(results: Results, size: Size) -> list[Run]:
     """Rows that move only when touched, at the paper's learning rate and at their own best ones."""
     runs = []
     for data in IMAGES:
-        runs += [lazy_run(data, s) for s in range(size.seeds)]
+        runs += [make(data, s) for s in range(size.seeds) for make in (lazy_run, dense_run)]
         runs += search(results, data, "RVI", 0.5, "lazy")[0] + tuned_runs(results, size, data, "RVI", 0.5, "lazy")
     return runs
+
+
+def dense_run(data: str, seed: int) -> Run:
+    return main_run(data, "RVI", 0.5, seed)
 
 
 def lazy_run(data: str, seed: int) -> Run:
@@ -145,10 +148,10 @@ def fig3(results: Results, size: Size) -> list[Run]:
 
 def fig8(results: Results, size: Size) -> list[Run]:
     """The forms of the combination."""
-    return [form_run(d, r, s, form) for s, d, r, form in product(range(size.seeds), IMAGES, (0.0, 0.5), FORMS)]
+    return [form_run(d, r, form, s) for s, d, r, form in product(range(size.seeds), IMAGES, (0.0, 0.5), FORMS)]
 
 
-def form_run(data: str, missing: float, seed: int, form: str) -> Run:
+def form_run(data: str, missing: float, form: str, seed: int) -> Run:
     if form == "main":
         return main_run(data, "RVI", missing, seed)
     return Run(data, "RVI", missing, seed, test=() if missing else (0.5,)).with_settings(**FORMS[form])
@@ -156,10 +159,10 @@ def form_run(data: str, missing: float, seed: int, form: str) -> Run:
 
 def fig10(results: Results, size: Size) -> list[Run]:
     """How many relays a row combines."""
-    return [active_run(d, s, share) for s, d, share in product(range(size.seeds), IMAGES, ACTIVE)]
+    return [active_run(d, share, s) for s, d, share in product(range(size.seeds), IMAGES, ACTIVE)]
 
 
-def active_run(data: str, seed: int, share: float) -> Run:
+def active_run(data: str, share: float, seed: int) -> Run:
     return main_run(data, "RVI", 0.5, seed) if share == 0.5 else Run(data, "RVI", 0.5, seed).with_settings(active=share)
 
 
@@ -168,11 +171,11 @@ def init(results: Results, size: Size) -> list[Run]:
     runs = []
     for s, d in product(range(size.seeds), IMAGES):
         for name, values in INITIAL.items():
-            runs += [initial_run(d, s, name, value) for value in values]
+            runs += [initial_run(d, name, value, s) for value in values]
     return runs
 
 
-def initial_run(data: str, seed: int, name: str, value: float) -> Run:
+def initial_run(data: str, name: str, value: float, seed: int) -> Run:
     if value == INITIAL[name][1]:
         return main_run(data, "RVI", 0.5, seed)
     return Run(data, "RVI", 0.5, seed).with_settings(**{name: value})
@@ -184,7 +187,7 @@ def table_run(data: str, method: str, seed: int, **settings: Any) -> Run:
 
 
 def tables(results: Results, size: Size) -> list[Run]:
-    """Linear path, learned scale, latent size, relays or not; and the low-rank peer."""
+    """Linear path, learned scale, latent size, relays or not; and the linear peers."""
     runs = []
     for s, d in product(range(size.seeds), TABLES):
         for (method, linear, value), dim in product(TABLE_KINDS, LATENT_DIMS):
@@ -194,20 +197,20 @@ def tables(results: Results, size: Size) -> list[Run]:
 
 
 def default_run(data: str, method: str, missing: float, seed: int) -> Run:
-    """The library's defaults with nothing hidden besides, or the low-rank peer."""
+    """The library's defaults with nothing hidden besides, or a linear peer."""
     return Run(data, method, missing, seed, base="auto")
 
 
 def images(results: Results, size: Size) -> list[Run]:
-    """The library's defaults for images, one changed at a time; and the low-rank peer."""
+    """The library's defaults for images, one changed at a time; and the linear peers."""
     runs = []
     for s, d in product(range(size.seeds), IMAGES):
-        runs += [image_run(d, s, variant) for variant in IMAGE_VARIANTS]
+        runs += [image_run(d, variant, s) for variant in IMAGE_VARIANTS]
         runs += [default_run(d, method, r, s) for r, method in product((0.5, 0.9), PEERS)]
     return runs
 
 
-def image_run(data: str, seed: int, variant: str) -> Run:
+def image_run(data: str, variant: str, seed: int) -> Run:
     run = Run(data, "RVI", 0.5, seed, base="auto", hidden=HIDDEN)
     return run.with_settings(**IMAGE_VARIANTS[variant])
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from .claims import PROTOCOL
 from .experiments import ACTIVE, DATA, FORMS, IMAGES, METHODS, RATES, TEST_RATES, active_run, form_run, main_run
 from .fitting import INFERENCE_STEPS
 from .runs import Results, Run, Size
@@ -21,9 +22,10 @@ DPI = 90
 
 
 def curves(results: Results, runs: Sequence[Run], cells: str) -> tuple[np.ndarray, np.ndarray]:
-    """Epochs [E] and the errors [S, E] of training rows, one line a seed."""
-    lines = [[p for p in results[run].points if p.rows == "train"] for run in runs]
-    return np.array([p.step for p in lines[0]]), np.array([[getattr(p, cells) for p in line] for line in lines])
+    """Epochs [E] and the errors [S, E] of training rows, one line a seed; NaN where a fit had diverged."""
+    lines = [results[run].curve(cells) for run in runs]
+    epochs = max((epochs for epochs, _ in lines), key=len)
+    return np.array(epochs), np.array([errors + [np.nan] * (len(epochs) - len(errors)) for _, errors in lines])
 
 
 def _draw(axis: Any, results: Results, runs: Sequence[Run], cells: str, color: str, label: str, style: str) -> None:
@@ -96,7 +98,7 @@ def _test_rows(results: Results, size: Size, path: Path, cells: str) -> Path:
 
 
 def on_test(
-    results: Results, size: Size, data: str, method: str, rate: float, cells: str, step: int, protocol: str = "row"
+    results: Results, size: Size, data: str, method: str, rate: float, cells: str, step: int, protocol: str = PROTOCOL
 ) -> list[float]:
     """Errors of test rows with as many holes as the training rows had, one a seed."""
     where: dict[str, Any] = {"protocol": "encoder"} if method == "VAE" else {"protocol": protocol, "step": step}
@@ -109,7 +111,7 @@ def fig8(results: Results, size: Size, path: Path) -> Path:
     figure, axes = _panels(2, len(IMAGES))
     for (i, rate), (j, data) in product(enumerate((0.0, 0.5)), enumerate(IMAGES)):
         for form in FORMS:
-            runs = [form_run(data, rate, s, form) for s in range(size.seeds)]
+            runs = [form_run(data, rate, form, s) for s in range(size.seeds)]
             _draw(axes[i, j], results, runs, "missing" if rate else "observed", FORM_COLORS[form], form, "-")
         title = f"{TITLES[data]}, {rate:.0%} missing" if rate else f"{TITLES[data]}, complete"
         axes[i, j].set(xscale="log", title=title, xlabel="epoch")
@@ -123,7 +125,7 @@ def fig10(results: Results, size: Size, path: Path) -> Path:
     """The share of relays that a row combines: holes of training rows at the end, a dot a seed."""
     figure, axes = _panels(1, len(IMAGES))
     for axis, data in zip(axes[0], IMAGES, strict=True):
-        errors = np.array([[results[active_run(data, s, a)].end("missing") for a in ACTIVE] for s in range(size.seeds)])
+        errors = np.array([[results[active_run(data, a, s)].end("missing") for a in ACTIVE] for s in range(size.seeds)])
         axis.plot(ACTIVE, errors.mean(0), color=COLORS["RVI"])
         axis.plot(np.tile(ACTIVE, size.seeds), errors.ravel(), ".", color=COLORS["RVI"], alpha=0.6)
         axis.set(title=f"{TITLES[data]}, 50% missing", xlabel="|B| / K")

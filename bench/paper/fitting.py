@@ -24,7 +24,7 @@ from .runs import Point, Result, Run, Size, machine, now
 
 METHODS: dict[str, Callable[..., Estimator]] = {"RVI": RVI, "VAD": VAD, "VAE": VAE}
 IMAGES = ("mnist", "fashion")
-TABLES = ("breast_cancer", "digits", "wine", "diabetes", "iris")
+LINEAR = {"low-rank": False, "PPCA": True}  # and whether all columns share one noise variance
 EPOCHS = (1, 2, 3, 5, 8, 12, 16, 20, 30, 40, 50)  # a curve is measured after these, and at the end
 INFERENCE_STEPS = (50, 100, 250)
 TEST_MASKS = 1_000  # added to a run's seed for the holes of test rows
@@ -89,8 +89,8 @@ def execute(run: Run, size: Size) -> Result:
         hidden = observed & ~masks.mcar(X.shape, run.hidden, seed=HIDDEN_MASKS + run.seed)
     scale = metric_scale(run.data, X)
     cells = Cells(X, scale, observed, hidden)
-    if run.method == "low-rank":
-        points = _fit_low_rank(run, X, observed, cells)
+    if run.method in LINEAR:
+        points = _fit_linear(run, X, observed, cells)
     else:
         model = estimator(run, size)
         points = _fit(model, X, observed & ~hidden, cells, run.missing)
@@ -184,12 +184,11 @@ def _inferred(model: RowEstimator, x: Tensor, mask: Tensor, protocol: str) -> li
     return found
 
 
-def _fit_low_rank(run: Run, X: np.ndarray, observed: np.ndarray, cells: Cells) -> list[Point]:
-    """The linear peer; it chooses rank and steps on observed cells that it hides itself."""
+def _fit_linear(run: Run, X: np.ndarray, observed: np.ndarray, cells: Cells) -> list[Point]:
+    """A linear peer; it chooses rank and steps on observed cells that it hides itself."""
     holed = np.where(observed, X, np.nan)
-    if run.data in IMAGES:
-        filled = low_rank_impute(holed, LOW_RANKS, standardize=False, seed=run.seed)
-    else:
-        filled = low_rank_impute(holed, seed=run.seed)
+    images = run.data in IMAGES
+    fill = functools.partial(low_rank_impute, holed, shared_noise=LINEAR[run.method], seed=run.seed)
+    filled = fill(LOW_RANKS, standardize=False) if images else fill()
     errors = cells.errors(torch.from_numpy(filled).float())
     return [Point("train", "", run.missing, 0, **errors | {"observed": float("nan")})]

@@ -95,10 +95,26 @@ class Result:
     finished: str
     machine: str
 
+    @property
+    def diverged(self) -> bool:
+        """A diverged fit ends in a measurement of NaN, and no test row is measured."""
+        last = self.points[-1]
+        return all(map(math.isnan, (last.observed, last.missing, last.hidden)))
+
     def end(self, cells: str, *, rows: str = "train", **where: Any) -> float:
         """The last measurement of `cells` ("observed", "missing", "hidden", "mse") that fits `where`."""
-        chosen = [p for p in self.points if p.rows == rows and all(getattr(p, k) == v for k, v in where.items())]
-        return getattr(chosen[-1], cells) if chosen else math.nan
+        if self.diverged:
+            return math.inf
+        return getattr([p for p in self.points if _fits(p, rows=rows, **where)][-1], cells)
+
+    def curve(self, cells: str) -> tuple[list[int], list[float]]:
+        """Epochs of training, and the errors then."""
+        points = [p for p in self.points if p.rows == "train"]
+        return [p.step for p in points], [getattr(p, cells) for p in points]
+
+
+def _fits(point: Point, **where: Any) -> bool:
+    return all(getattr(point, name) == value for name, value in where.items())
 
 
 def machine() -> str:
@@ -112,17 +128,8 @@ def now() -> str:
 
 
 RUN_FIELDS = (
-    "run",
-    "data",
-    "method",
-    "base",
-    "missing",
-    "seed",
-    "hidden",
-    "settings",
-    "seconds",
-    "finished",
-    "machine",
+    *("run", "size", "data", "method", "base", "missing", "seed", "hidden", "settings"),
+    *("seconds", "finished", "machine"),
 )
 POINT_FIELDS = ("run", *(f.name for f in dataclasses.fields(Point)))
 
@@ -131,10 +138,11 @@ class Results:
     """runs.csv (a line a run) and curves.csv (a line a measurement) in a folder; every write replaces a whole file.
 
     A run counts as done when it stands in runs.csv, which is written last: a kill loses no more than the runs at work.
+    size: "quick" or "full"; a folder holds results of one size.
     """
 
-    def __init__(self, folder: str | os.PathLike[str]):
-        self.folder = Path(folder)
+    def __init__(self, folder: str | os.PathLike[str], size: str):
+        self.folder, self.size = Path(folder), size
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lines: dict[str, dict[str, str]] = {}
         self.results: dict[str, Result] = {}
@@ -150,10 +158,11 @@ class Results:
         return all(run in self for run in runs)
 
     def add(self, run: Run, result: Result) -> None:
-        fixed = (run.name, run.data, run.method, run.base, f"{run.missing:g}", run.seed, f"{run.hidden:g}")
-        line = (*fixed, shown(run.settings), f"{result.seconds:.1f}", result.finished, result.machine)
+        """Keep a result, rounded as the files have it: what is chosen now is chosen after a resume, too."""
+        kind = self.size, run.data, run.method, run.base, f"{run.missing:g}", run.seed, f"{run.hidden:g}"
+        line = (run.name, *kind, shown(run.settings), f"{result.seconds:.1f}", result.finished, result.machine)
         self.lines[run.name] = dict(zip(RUN_FIELDS, map(str, line), strict=True))
-        self.results[run.name] = result
+        self.results[run.name] = dataclasses.replace(result, points=tuple(map(_rounded, result.points)))
         self.write()
 
     def write(self) -> None:
@@ -163,18 +172,24 @@ class Results:
 
     def _read(self) -> None:
         runs, curves = self.folder / "runs.csv", self.folder / "curves.csv"
-        if not (runs.exists() and curves.exists()):
-            return
         points: dict[str, list[Point]] = {}
         for line in _lines(curves, POINT_FIELDS):
             numbers = {name: float(line[name]) for name in ("rate", "observed", "missing", "hidden", "mse")}
             point = Point(line["rows"], line["protocol"], step=int(line["step"]), **numbers)
             points.setdefault(line["run"], []).append(point)
         for line in _lines(runs, RUN_FIELDS):
+            if line["size"] != self.size:
+                raise ValueError(f"{self.folder} holds results of size {line['size']}; choose another --out")
             name = line["run"]
-            self.lines[name] = line
-            seconds = float(line["seconds"])
-            self.results[name] = Result(tuple(points[name]), seconds, line["finished"], line["machine"])
+            if name in points:
+                self.lines[name] = line
+                result = Result(tuple(points[name]), float(line["seconds"]), line["finished"], line["machine"])
+                self.results[name] = result
+
+
+def _rounded(point: Point) -> Point:
+    values: dict[str, Any] = {k: float(_text(v)) for k, v in dataclasses.asdict(point).items() if isinstance(v, float)}
+    return dataclasses.replace(point, **values)
 
 
 def _text(value: Any) -> str:
@@ -182,6 +197,8 @@ def _text(value: Any) -> str:
 
 
 def _lines(path: Path, fields: tuple[str, ...]) -> list[dict[str, str]]:
+    if not path.exists():
+        return []
     with open(path, newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         if tuple(reader.fieldnames or ()) != fields:

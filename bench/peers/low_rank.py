@@ -36,13 +36,15 @@ def low_rank_impute(
     ranks: Sequence[int] = (1, 2, 3, 5, 8, 12, 20, 30),
     *,
     standardize: bool = True,
+    shared_noise: bool = False,
     seed: int = 0,
 ) -> Floats:
     """Fill the NaN entries of X by low-rank EM.
 
     X: [N, D] numeric, NaN = missing. ranks: the candidates; min(N, D) - 1 stands in for larger ones.
     standardize: scale every column to variance 1, which suits tables; False gives all columns one scale, which suits
-    images, where columns that hardly vary should count little.
+    images, where columns that hardly vary should count little. shared_noise: one noise variance for all columns
+    (probabilistic PCA).
     seed: draws the entries hidden to choose rank and steps. Returns float64 [N, D], observed entries unchanged.
     Raises ValueError if X is not [N, D], holds infinity or a column with nothing observed, or if a rank is below 1.
     """
@@ -53,8 +55,9 @@ def low_rank_impute(
         return values
     loc, scale = _location_and_scale(values, standardize)
     Z = np.where(observed, (values - loc) / scale, 0.0)
-    rank, steps = _choose(Z, observed, ranks, np.random.default_rng([seed, *b"low rank"]))
-    estimate = next(islice(_em(Z, observed, rank), steps - 1, None))
+    rng = np.random.default_rng([seed, *b"low rank"])
+    rank, steps = _choose(Z, observed, ranks, shared_noise, rng)
+    estimate = next(islice(_em(Z, observed, rank, shared_noise), steps - 1, None))
     return np.where(observed, values, estimate * scale + loc)
 
 
@@ -81,7 +84,9 @@ def _location_and_scale(values: Floats, standardize: bool) -> tuple[Floats, Floa
     return loc, scale
 
 
-def _choose(Z: Floats, observed: Bools, ranks: list[int], rng: np.random.Generator) -> tuple[int, int]:
+def _choose(
+    Z: Floats, observed: Bools, ranks: list[int], shared_noise: bool, rng: np.random.Generator
+) -> tuple[int, int]:
     """The rank and the number of EM steps with the least squared error on hidden observed entries."""
     cells = np.flatnonzero(observed)
     hidden = np.unravel_index(rng.choice(cells, max(1, cells.size // 10), replace=False), Z.shape)
@@ -91,7 +96,7 @@ def _choose(Z: Floats, observed: Bools, ranks: list[int], rng: np.random.Generat
     choices = []
     for rank in ranks:
         best = (np.inf, rank, 1)
-        for step, estimate in enumerate(_em(Z, training, rank), start=1):
+        for step, estimate in enumerate(_em(Z, training, rank, shared_noise), start=1):
             best = min(best, (float(np.mean((truth - estimate[hidden]) ** 2)), rank, step))
             if step - best[2] == PATIENCE or step == MAX_STEPS:
                 break
@@ -100,7 +105,7 @@ def _choose(Z: Floats, observed: Bools, ranks: list[int], rng: np.random.Generat
     return rank, steps
 
 
-def _em(Z: Floats, observed: Bools, rank: int) -> Iterator[Floats]:
+def _em(Z: Floats, observed: Bools, rank: int, shared_noise: bool) -> Iterator[Floats]:
     """EM without end; yields the reconstruction E[x | observed] of every entry, [N, D], after each step.
 
     Z: [N, D], zero where not observed. The mean rides along as a loading on a constant factor of 1.
@@ -116,7 +121,9 @@ def _em(Z: Floats, observed: Bools, rank: int) -> Iterator[Floats]:
         factors, second, cross = _posterior(Z, observed, loadings, noise)
         loadings[:] = np.linalg.solve(second + noise[:, None, None] * precision, cross[:, :, None])[:, :, 0]
         explained = 2.0 * (loadings * cross).sum(1) - np.einsum("di,dij,dj->d", loadings, second, loadings)
-        noise = np.maximum(((Z**2).sum(0) - explained) / counts, MIN_NOISE)
+        residual = (Z**2).sum(0) - explained
+        noise = np.maximum(residual.sum() / counts.sum() if shared_noise else residual / counts, MIN_NOISE)
+        noise = np.broadcast_to(noise, d)
         yield factors @ loadings.T
 
 

@@ -38,7 +38,7 @@ class Arrays:
     """Memory for one size of batch."""
 
     def __init__(
-        self, batch: int, columns: int, width: int, relays: int, features: int, shared: int, dtype: torch.dtype
+        self, dtype: torch.dtype, batch: int, columns: int, width: int, relays: int, features: int, shared: int
     ):
         def empty(*shape: int) -> Tensor:
             return torch.empty(shape, dtype=dtype)
@@ -51,10 +51,9 @@ class Arrays:
         self.shared_grad, self.shared_root = empty(shared), empty(shared)
 
 
-def _arrays(*sizes: int, dtype: torch.dtype) -> Arrays:
-    key = (*sizes, dtype)
-    if getattr(KEPT, "key", None) != key:
-        KEPT.key, KEPT.arrays = key, Arrays(*sizes, dtype=dtype)
+def _arrays(dtype: torch.dtype, *sizes: int) -> Arrays:
+    if getattr(KEPT, "key", None) != (dtype, sizes):
+        KEPT.key, KEPT.arrays = (dtype, sizes), Arrays(dtype, *sizes)
     return KEPT.arrays
 
 
@@ -67,7 +66,7 @@ def step(table: RowState, batch: Batch, shared: SharedState, model: ElboModel) -
     columns = batch.x.shape[1]
     shapes = model.shared_shapes(latent_dim, columns)
     sizes = len(rows), columns, width, num_relays, shapes[-2 - model.learned][1], shared.weights.shape[1]
-    a = _arrays(*sizes, dtype=table.values.dtype)
+    a = _arrays(table.values.dtype, *sizes)
     clock = AdamClock.of(table.history, table.counters, table.constants, table.rates)
     last = table.last[rows]
 
@@ -208,17 +207,15 @@ def _loss(
     a.mask.copy_(mask)
     share = 1 / len(rows)
     if model.likelihood == "bernoulli":
-        nll = torch.nn.functional.softplus(a.xhat).addcmul_(a.xhat, a.x, value=-1)
-        total = _dot(nll, a.mask)
+        nll = _dot(torch.nn.functional.softplus(a.xhat).addcmul_(a.xhat, a.x, value=-1), a.mask)
         a.xhat.sigmoid_().sub_(a.x).mul_(a.mask).mul_(share)
-        return total
+        return nll
     r = a.xhat.sub_(a.x).mul_(a.mask)
     if not model.learned:
         r.mul_(1 / model.scale)
-        squares = _dot(r, r)
-        count = int(torch.count_nonzero(mask))
+        nll = 0.5 * _dot(r, r) + int(torch.count_nonzero(mask)) * (math.log(model.scale) + HALF_LOG_2PI)
         r.mul_(share / model.scale)
-        return 0.5 * squares + count * (math.log(model.scale) + HALF_LOG_2PI)
+        return nll
     exponent = torch.exp(2 * layers[-1])
     scale = torch.sqrt(model.scale**2 + exponent)
     r.div_(scale)
