@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import math
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from rvi_fast.elbo_step import ElboStep, _form
 from rvi_fast.likelihoods import Bernoulli, Gaussian
 from rvi_fast.model import RowModel
 from rvi_fast.nn import MeanFieldPosterior, MLPDecoder, RelayPosterior
-from rvi_fast.ops import elbo
+from rvi_fast.ops import elbo, elbo_cpu
 from rvi_fast.ops.elbo import Batch, elbo_step_
 from rvi_fast.optim import RowAdam
 
@@ -466,3 +468,69 @@ def test_replaced_parameters_are_noticed():
     make_optimizer(model)
     with pytest.raises(RuntimeError, match=sentence):
         step.step(torch.tensor([1]), torch.zeros(N, 19))
+
+
+def plain(dtype=torch.float64, **form):
+    model = make_model(dtype=dtype, **form)
+    return model, make_optimizer(model)
+
+
+def test_ties_and_rows_at_rest_are_selected_as_the_equations_do(ties=(0.0, 0.5)):
+    x, mask = make_data()
+    states = []
+    for train in (train_apart, train_fused):
+        model, optimizer = plain()
+        with torch.no_grad():
+            table = model.posterior.table
+            values = table.weight.clone()
+            values[:10, :12] = torch.tensor(ties, dtype=torch.float64).repeat(6)
+            table.store.assign_rows(torch.arange(N), values)
+        losses = train(model, optimizer, x, mask, batches())
+        states.append((losses, state_of(model, optimizer)))
+    assert states[1][0] == pytest.approx(states[0][0], rel=1e-10)
+    assert_near(states[1][1], states[0][1], states[0][1], TOLERANCE[torch.float64])
+
+
+@pytest.mark.parametrize("likelihood", [Gaussian(0.4), Gaussian("learned"), Bernoulli()])
+@pytest.mark.parametrize("hole", [torch.finfo(torch.float32).min, torch.inf, torch.nan])
+def test_whatever_a_hole_holds_is_never_used(likelihood, hole):
+    x, mask = make_data(dtype=torch.float32)
+    states = []
+    for filled in (0.0, hole):
+        model, optimizer = plain(torch.float32, likelihood=copy.deepcopy(likelihood))
+        train_fused(model, optimizer, x.masked_fill(~mask, filled), mask, batches())
+        states.append(state_of(model, optimizer))
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_nan_where_it_was_observed_is_not_hidden():
+    x, mask = make_data()
+    x[batches()[0][0]] = torch.nan
+    model, optimizer = plain()
+    assert math.isnan(train_fused(model, optimizer, x, torch.ones_like(mask), batches()[:1])[0])
+
+
+def test_models_of_one_size_do_not_share_their_arrays():
+    x, mask = make_data()
+    alone, optimizer = plain()
+    train_fused(alone, optimizer, x, mask, batches())
+    pairs = [plain() for _ in range(2)]
+    steps = [ElboStep(*pair) for pair in pairs]
+    for rows in batches():
+        for step in steps:
+            step.step(rows, x, mask)
+    for pair in pairs:
+        assert all(torch.equal(value, state_of(alone, optimizer)[name]) for name, value in state_of(*pair).items())
+
+
+def test_arrays_are_kept_for_two_sizes_and_go_with_the_model():
+    x, mask = make_data()
+    before = len(elbo_cpu.KEPT)
+    model, optimizer = plain()
+    fused = ElboStep(model, optimizer)
+    for rows in batches():
+        fused.step(rows, x, mask)
+        assert len(elbo_cpu.KEPT) == before + 1 and len(elbo_cpu.KEPT[fused.shared.weights]) <= elbo_cpu.SIZES
+    del fused, model, optimizer
+    gc.collect()
+    assert len(elbo_cpu.KEPT) == before

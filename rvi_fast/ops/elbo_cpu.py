@@ -7,13 +7,13 @@ anew costs more in page faults than the arithmetic on it.
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .. import reference
 from ..clock import AdamClock
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from .elbo import Batch, ElboModel, RowState, SharedState
 
 aten = torch.ops.aten
-KEPT = threading.local()  # the arrays of the last sizes that this thread stepped
+KEPT = WeakTensorKeyDictionary()  # by a model's weights, arrays for the sizes of its batches
+SIZES = 2  # at most: an epoch's batches, and its last one
 
 DERIVATIVES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {  # of (gradient, input, output)
     "relu": lambda g, a, h: aten.threshold_backward(g, h, 0),
@@ -44,17 +45,20 @@ class Arrays:
             return torch.empty(shape, dtype=dtype)
 
         self.state, self.grad = empty(batch, 3, width), empty(batch, width)
-        self.root, self.moved, self.other = empty(batch, width), empty(batch, width), empty(batch, width)
+        self.root, self.moved = empty(batch, width), empty(batch, width)
         self.weight, self.kept = empty(batch, relays), empty(batch, relays)
         self.features = empty(batch, features)
         self.x, self.mask, self.xhat = empty(batch, columns), empty(batch, columns), empty(batch, columns)
         self.shared_grad, self.shared_root = empty(shared), empty(shared)
 
 
-def _arrays(dtype: torch.dtype, *sizes: int) -> Arrays:
-    if getattr(KEPT, "key", None) != (dtype, sizes):
-        KEPT.key, KEPT.arrays = (dtype, sizes), Arrays(dtype, *sizes)
-    return KEPT.arrays
+def _arrays(weights: Tensor, *sizes: int) -> Arrays:
+    kept = KEPT.setdefault(weights, {})
+    if sizes not in kept:
+        if len(kept) == SIZES:
+            kept.clear()
+        kept[sizes] = Arrays(weights.dtype, *sizes)
+    return kept[sizes]
 
 
 @torch.no_grad()
@@ -66,7 +70,7 @@ def step(table: RowState, batch: Batch, shared: SharedState, model: ElboModel) -
     columns = batch.x.shape[1]
     shapes = model.shared_shapes(latent_dim, columns)
     sizes = len(rows), columns, width, num_relays, shapes[-2 - model.learned][1], shared.weights.shape[1]
-    a = _arrays(table.values.dtype, *sizes)
+    a = _arrays(shared.weights, *sizes)
     clock = AdamClock.of(table.history, table.counters, table.constants, table.rates)
     last = table.last[rows]
 
