@@ -1,9 +1,9 @@
-"""ElboStep: a model's whole training step in two launches, for models with relays and an MLP decoder."""
+"""ElboStep: a model's whole training step in two launches (one call on a CPU), for rows with an MLP decoder."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .clock import Clock
 from .likelihoods import Bernoulli, Gaussian
 from .model import RowModel
-from .nn import ACTIVATIONS, MLPDecoder, RelayPosterior
+from .nn import ACTIVATIONS, MeanFieldPosterior, MLPDecoder, RelayPosterior
 from .ops.elbo import Batch, ElboModel, RowState, SharedState, elbo_step_, shared_views, unsupported
 from .optim import RowAdam
 from .reference import AdamHyper
@@ -35,7 +35,7 @@ class ElboStep:
         if reason:
             raise ValueError(f"ElboStep cannot train this model: {reason}; train it with model(...) and RowAdam.step()")
         self.model, self.optimizer = model, optimizer
-        self.store = cast(RelayPosterior, model.posterior).table.store
+        self.store = model.posterior.table.store
         self.form = _form(model)
         self.parameters = list(_shared_parameters(model))
         groups = _groups_by_parameter(optimizer)
@@ -148,7 +148,7 @@ class ElboStep:
         """The rows, their clock and their noise as they are now."""
         store, clock = self.store, self.clock
         tensors = store.values, store.last, clock.history, clock.counters, clock.constants, clock.rates
-        return RowState(*tensors, clock.closed_form, store.step, cast(RelayPosterior, self.model.posterior).seed)
+        return RowState(*tensors, clock.closed_form, store.step, self.model.posterior.seed)
 
     def _count(self, rows: int) -> Tensor:
         if rows not in self.counts:
@@ -170,13 +170,15 @@ class ElboStep:
 
 def _shared_parameters(model: RowModel) -> Iterator[nn.Parameter]:
     """In the order of ElboModel.shared_shapes."""
-    yield cast(RelayPosterior, model.posterior).relays
+    if isinstance(model.posterior, RelayPosterior):
+        yield model.posterior.relays
     yield from model.decoder.parameters()
     yield from model.likelihood.parameters()
 
 
 def _form(model: RowModel) -> ElboModel:
-    posterior, decoder, likelihood = cast(RelayPosterior, model.posterior), model.decoder, model.likelihood
+    posterior, decoder, likelihood = model.posterior, model.decoder, model.likelihood
+    relays = (posterior.groups, posterior.active) if isinstance(posterior, RelayPosterior) else ((), ())
     hidden = tuple(layer.out_features for layer in decoder.mlp if isinstance(layer, nn.Linear))
     activation = next((n for n, kind in ACTIVATIONS.items() for layer in decoder.mlp if type(layer) is kind), "relu")
     learned = isinstance(likelihood, Gaussian) and likelihood.learned
@@ -184,18 +186,17 @@ def _form(model: RowModel) -> ElboModel:
     if isinstance(likelihood, Gaussian):
         scale = likelihood.min_scale if likelihood.learned else likelihood.fixed
     kind = "gaussian" if isinstance(likelihood, Gaussian) else "bernoulli"
-    path = posterior.groups, posterior.active, hidden, decoder.linear_path, activation
-    return ElboModel(*path, kind, scale, learned, float(model.kl_weight))
+    return ElboModel(*relays, hidden, decoder.linear_path, activation, kind, scale, learned, float(model.kl_weight))
 
 
 def _model_reason(model: nn.Module) -> str | None:
-    if not isinstance(model, RowModel) or not isinstance(model.posterior, RelayPosterior):
-        return "its rows have no RelayPosterior"
+    if not isinstance(model, RowModel) or type(model.posterior) not in (RelayPosterior, MeanFieldPosterior):
+        return "its rows have neither a RelayPosterior nor a MeanFieldPosterior"
     if type(model.decoder) is not MLPDecoder:
         return "its decoder is no MLPDecoder"
     if type(model.likelihood) not in (Gaussian, Bernoulli):
         return "its likelihood is neither Gaussian nor Bernoulli"
-    if model.posterior.coefficients != "linear":
+    if isinstance(model.posterior, RelayPosterior) and model.posterior.coefficients != "linear":
         return f"its coefficients are {model.posterior.coefficients!r}, not 'linear'"
     if not all(p.requires_grad for p in model.parameters()):
         return "some of its parameters are frozen"

@@ -31,7 +31,10 @@ def make_model(
     torch.manual_seed(0)
     likelihood = likelihood or Gaussian(0.4)
     likelihood.bind(columns)
-    posterior = RelayPosterior(N, latent_dim, groups, active, seed=3, log_std=-1.0, coef_std=0.5)
+    if groups:
+        posterior = RelayPosterior(N, latent_dim, groups, active, seed=3, log_std=-1.0, coef_std=0.5)
+    else:
+        posterior = MeanFieldPosterior(N, latent_dim, seed=3, log_std=-1.0)
     decoder = MLPDecoder(latent_dim, columns, hidden, linear_path=linear_path, activation=activation)
     return RowModel(posterior, decoder, likelihood, kl_weight).to(dtype)
 
@@ -44,7 +47,8 @@ def exact(device: torch.device) -> torch.dtype:
 def make_optimizer(model: RowModel, lr=0.02, row_lr=0.05, weight_decay=0.1, row_decay=0.0) -> RowAdam:
     scale = list(model.likelihood.parameters())
     rows = list(model.posterior.table.parameters())
-    weights = [model.posterior.relays, *model.decoder.parameters()]
+    relays = [model.posterior.relays] if isinstance(model.posterior, RelayPosterior) else []
+    weights = [*relays, *model.decoder.parameters()]
     return RowAdam(
         [
             {"params": rows, "lr": row_lr, "weight_decay": row_decay},
@@ -390,12 +394,11 @@ def frozen() -> RowModel:
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
-        (lambda: RowModel(MeanFieldPosterior(N, 3), MLPDecoder(3, 4), Gaussian(1.0), 1.0), "no RelayPosterior"),
         (softmax, "its coefficients are 'softmax', not 'linear'"),
         (other_likelihood, "neither Gaussian nor Bernoulli"),
         (frozen, "some of its parameters are frozen"),
         (lambda: make_model(dtype=torch.float16), "torch.float16 tables"),
-        (lambda: nn.Linear(2, 2), "no RelayPosterior"),
+        (lambda: nn.Linear(2, 2), "neither a RelayPosterior nor a MeanFieldPosterior"),
     ],
 )
 def test_says_which_models_it_cannot_train(model, reason):
@@ -534,3 +537,14 @@ def test_arrays_are_kept_for_two_sizes_and_go_with_the_model():
     del fused, model, optimizer
     gc.collect()
     assert len(elbo_cpu.KEPT) == before
+
+
+@pytest.mark.parametrize("likelihood", [Gaussian(0.4), Gaussian("learned"), Bernoulli()])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_rows_without_relays(likelihood, dtype):
+    cpu = torch.device("cpu")
+    binary = isinstance(likelihood, Bernoulli)
+    check(cpu, groups=(), likelihood=likelihood, binary=binary, dtype=dtype, sizes=(12, 9, 16, 3), linear_path=True)
+    assert (
+        elbo.unsupported(torch.empty(1, 3, 4, device="meta"), 2, _form(make_model(groups=()))) == "rows without relays"
+    )

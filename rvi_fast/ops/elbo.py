@@ -21,9 +21,9 @@ WIDEST = 128  # latent dimensions and hidden units that a block of rows has room
 
 
 class ElboModel(NamedTuple):
-    """What a step needs to know of a model with relays and an MLP decoder, besides its tensors."""
+    """What a step needs to know of a model whose rows have an MLP decoder, besides its tensors."""
 
-    groups: tuple[int, ...]
+    groups: tuple[int, ...]  # of relays; none: a row's residual is its mean
     active: tuple[int, ...]
     hidden: tuple[int, ...]
     linear_path: bool
@@ -89,6 +89,8 @@ def unsupported(values: Tensor, latent_dim: int, model: ElboModel) -> str | None
     if values.dtype not in ((torch.float32,) if compiled else (torch.float32, torch.float64)):
         return f"{values.dtype} tables"
     kernels = values.device.type != "cpu" or dispatch.use_triton("elbo_step", values.device)
+    if kernels and not model.groups:
+        return "rows without relays"
     if kernels and max(latent_dim, *model.hidden, 0) > WIDEST:
         return f"latent_dim or hidden layers above {WIDEST}"
     return None
@@ -179,7 +181,9 @@ def _losses(
     latent_dim = (row.shape[1] - num_relays) // 2
     coef, residual, log_std = row.split([num_relays, latent_dim, latent_dim], dim=1)
     relays, *layers = shared_views(flat, model.shared_shapes(latent_dim, x.shape[1]))
-    mean = reference.relay_mean(coef, relays, model.groups, model.active) + residual
+    mean = residual
+    if model.groups:
+        mean = mean + reference.relay_mean(coef, relays, model.groups, model.active)
     noise = reference.philox_normal(table.seed, "train", table.noise_step, rows, latent_dim, dtype=row.dtype)
     z = reference.gaussian_sample(mean, log_std, noise)
     scale = torch.full((), model.scale, dtype=row.dtype, device=row.device)
