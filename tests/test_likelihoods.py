@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from rvi_fast import functional
 from rvi_fast.likelihoods import KINDS, Bernoulli, Gaussian, Likelihood
 
 B, D = 6, 3
@@ -134,3 +135,23 @@ def test_bad_settings(settings, message):
 def test_a_learned_scale_needs_the_number_of_columns():
     with pytest.raises(RuntimeError, match=r"call bind\(num_columns\)"):
         Gaussian("learned").scale()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("hole", [torch.nan, torch.inf, "least"])
+def test_what_a_hole_holds_is_never_used_and_nan_elsewhere_shows(dtype, hole):
+    hole = torch.finfo(dtype).min if hole == "least" else hole
+    generator = torch.Generator().manual_seed(0)
+    x, xhat = torch.rand(2, 6, 9, generator=generator).to(dtype)
+    mask = torch.rand(6, 9, generator=generator) < 0.6
+    weight, bias = torch.eye(9, dtype=dtype), torch.zeros(9, dtype=dtype)
+    losses = {
+        "gaussian": lambda x: functional.masked_gaussian_nll(xhat, x, mask, 0.1),
+        "bernoulli": lambda x: functional.masked_bernoulli_nll(xhat, x, mask),
+        "linear": lambda x: functional.linear_masked_gaussian_nll(xhat, weight, bias, x, mask, 0.1),
+    }
+    for name, loss in losses.items():
+        assert torch.equal(loss(x.masked_fill(~mask, hole)), loss(x.masked_fill(~mask, 0))), name
+        if name != "bernoulli":  # which refuses NaN
+            seen = loss(x.masked_fill(mask, torch.nan))
+            assert torch.equal(seen.isnan(), mask.any(1)), name

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from rvi_fast import clock, functional, row_store
+from rvi_fast import clock, functional, reference, row_store
 from rvi_fast.bench.row_adam_accuracy import BETAS, measure
 from rvi_fast.clock import AdamClock
 from rvi_fast.nn import RowTable
 from rvi_fast.ops import Columns
 from rvi_fast.optim import RowAdam
-from rvi_fast.reference import AdamHyper
+from rvi_fast.reference import AdamHyper, Missed
 
 N = 12
 WIDTHS = {"wide": 3, "narrow": 2}  # of the first table; the second has one range of 2
@@ -743,3 +743,13 @@ def test_ordinary_parameters_step_in_a_graph_as_outside():
         graph.replay()
         optimizers[1].step()
     torch.testing.assert_close(captured, eager)
+
+
+def test_half_precision_rows_with_the_smallest_moments_are_caught_up():
+    """sqrt(v) of the smallest float16 numbers is far above what guards the division."""
+    m, v = torch.tensor([[2e-4, 2e-4, 1e-3, 0.0]]).half(), torch.tensor([[6e-8, 2.4e-7, 1e-4, 0.0]]).half()
+    missed = Missed(*(torch.tensor([c], dtype=torch.float64) for c in (1e-3, 1.0, 1e-3, 2.0, 1.0, 0.5, 0.9)))
+    truth = reference.catch_up(torch.zeros(1, 4).double(), m.double(), v.double(), missed, 1e-8)[0]
+    found = reference.catch_up(torch.zeros(1, 4).half(), m, v, missed, 1e-8)[0]
+    torch.testing.assert_close(found.double(), truth, rtol=2e-3, atol=1e-7)
+    assert truth[0, 0] < -1e-3

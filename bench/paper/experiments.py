@@ -12,10 +12,10 @@ from typing import Any
 
 from rvi_fast.defaults import PAPER_SCALE
 
+from .fitting import IMAGES
 from .runs import Results, Run, Size
 
 DATA = ("mnist", "fashion", "artificial")
-IMAGES = ("mnist", "fashion")
 METHODS = ("RVI", "VAD", "VAE")
 RATES = (0.0, 0.5, 0.9)
 TEST_RATES = (0.1, 0.3, 0.5, 0.7, 0.9)

@@ -22,7 +22,7 @@ from rvi_fast.model import EncoderModel, RowModel
 from ..peers.low_rank import low_rank_impute
 from .runs import Point, Result, Run, Size, machine, now
 
-METHODS: dict[str, Callable[..., Estimator]] = {"RVI": RVI, "VAD": VAD, "VAE": VAE}
+ESTIMATORS: dict[str, Callable[..., Estimator]] = {"RVI": RVI, "VAD": VAD, "VAE": VAE}
 IMAGES = ("mnist", "fashion")
 LINEAR = {"low-rank": False, "PPCA": True}  # and whether all columns share one noise variance
 EPOCHS = (1, 2, 3, 5, 8, 12, 16, 20, 30, 40, 50)  # a curve is measured after these, and at the end
@@ -102,7 +102,7 @@ def execute(run: Run, size: Size) -> Result:
 
 def estimator(run: Run, size: Size) -> Estimator:
     """The run's estimator, with the arguments of its base that it takes."""
-    cls = METHODS[run.method]
+    cls = ESTIMATORS[run.method]
     takes = inspect.signature(cls).parameters
     settings: dict[str, Any] = {}
     if run.base == "paper":
