@@ -41,6 +41,17 @@ TABLE_KINDS = (  # method, linear path, scale
     ("VAD", True, "learned"),
     ("VAD", False, "learned"),
 )
+TABLE_VARIANTS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "row lr 3e-3": {"row_lr": 3e-3},
+    "row lr 3e-2": {"row_lr": 3e-2},
+    "lr 3e-3": {"lr": 3e-3},
+    "weight decay 1": {"weight_decay": 1.0},
+    "no weight decay": {"weight_decay": 0.0},
+    "KL weight 1.5": {"kl_weight": 1.5},
+    "coefficients from N(0, 0.3²)": {"coef_std": 0.3},
+    "half the epochs": {"epochs": 100},
+}
 PEERS = ("RVI", "VAD", "low-rank", "PPCA")
 IMAGE_VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -48,6 +59,8 @@ IMAGE_VARIANTS: dict[str, dict[str, Any]] = {
     "scale 0.14": {"scale": PAPER_SCALE},
     "lr 1e-3": {"lr": 1e-3},
     "lr 1e-2": {"lr": 1e-2},
+    "row lr 1e-2": {"row_lr": 1e-2},
+    "row lr 3e-2": {"row_lr": 3e-2},
     "constant lr": {"schedule": "constant"},
 }
 
@@ -192,6 +205,7 @@ def tables(results: Results, size: Size) -> list[Run]:
     for s, d in product(range(size.seeds), TABLES):
         for (method, linear, value), dim in product(TABLE_KINDS, LATENT_DIMS):
             runs.append(table_run(d, method, s, linear_path=linear, scale=value, latent_dim=dim))
+        runs += [table_run(d, "RVI", s, **settings) for settings in TABLE_VARIANTS.values()]
         runs += [default_run(d, method, 0.5, s) for method in PEERS]
     return runs
 

@@ -245,8 +245,16 @@ def _tables(results: Results, size: Size) -> str:
             rows.append((method, "yes" if linear else "no", value, *marked))
         header = (data, "linear path", "scale", *(f"latent {dim}" for dim in ex.LATENT_DIMS))
         parts.append(table(header, rows))
-    peers = _peers(results, size, [(data, 0.5) for data in ex.TABLES], "mse")
-    return "\n\n".join([*parts, "With nothing hidden besides, in the same units:", peers])
+    parts += ["The defaults, one setting changed at a time:"]
+    rows = []
+    for variant, settings in ex.TABLE_VARIANTS.items():
+        runs = ([ex.table_run(data, "RVI", s, **settings) for s in range(size.seeds)] for data in ex.TABLES)
+        rows.append((variant, *(spread(results[run].end("hidden") for run in of_data) for of_data in runs)))
+    parts += [
+        table(("elastic error, hidden", *ex.TABLES), rows),
+        "With nothing hidden besides, squared error on holes:",
+    ]
+    return "\n\n".join([*parts, _peers(results, size, [(data, 0.5) for data in ex.TABLES], "mse")])
 
 
 def _images(results: Results, size: Size) -> str:
