@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Protocol, TypeVar
 
@@ -45,6 +46,13 @@ class Clock(Protocol):
     def restore(self, steps: int, index: int, history: Tensor | None) -> None: ...
     def catch_up(self, p: Tensor, m: Tensor, v: Tensor, last: Tensor) -> tuple[Tensor, Tensor, Tensor]: ...
     def to(self, device: torch.device | str) -> None: ...
+
+
+@functools.lru_cache(maxsize=16)
+def _window_weights(hyper: AdamHyper, window: int, device: torch.device) -> Tensor:
+    """What the moments of the steps `window` .. 1 before the present one keep, float64 [4, window]."""
+    age = torch.arange(window, 0, -1, dtype=torch.float64, device=device)
+    return reference.skipped_weights(hyper, age)
 
 
 Kind = TypeVar("Kind", bound="_OnDevice")
@@ -136,7 +144,6 @@ class AdamClock(_OnDevice):
         super().__init__(hyper, steps, device)
         self.closed_form = hyper.closed_form()
         self._window = hyper.window()
-        self._weights: Tensor | None = None  # of the steps W..1 before the present one
 
     @property
     def moments(self) -> Tensor:
@@ -145,10 +152,6 @@ class AdamClock(_OnDevice):
     @property
     def log_decay(self) -> Tensor:
         return self.history[4]
-
-    def to(self, device: torch.device | str) -> None:
-        super().to(device)
-        self._weights = None
 
     def next_step(self, last: Tensor) -> int:
         """The number of the step that comes next, the same for every row."""
@@ -184,12 +187,10 @@ class AdamClock(_OnDevice):
         self.replayed(1)
 
     def _step_weights(self, lr: float) -> Tensor:
-        if self._weights is None:
-            age = torch.arange(self._window or 0, 0, -1, dtype=torch.float64, device=self.history.device)
-            self._weights = reference.skipped_weights(self.hyper, age)
+        weights = _window_weights(self.hyper, self._window or 0, self.history.device)
         bc1, bc2 = (float(c) for c in self.hyper.bias_corrections(self.steps))
         per_order = [lr / bc1 * bc2 ** (0.5 * order) for order in (1, 2, 3, 4)]
-        return self._weights * torch.tensor(per_order, dtype=torch.float64, device=self.history.device)[:, None]
+        return weights * torch.tensor(per_order, dtype=torch.float64, device=self.history.device)[:, None]
 
     def reserve(self, steps: int) -> None:
         """Make room for `steps` more steps, so that the history stays where it is meanwhile."""

@@ -12,6 +12,7 @@ from .clock import Clock
 from .likelihoods import Bernoulli, Gaussian
 from .model import RowModel
 from .nn import ACTIVATIONS, MeanFieldPosterior, MLPDecoder, RelayPosterior
+from .ops import elbo_cpu
 from .ops.elbo import Batch, ElboModel, RowState, SharedState, elbo_step_, shared_views, unsupported
 from .optim import RowAdam
 from .reference import AdamHyper
@@ -42,6 +43,8 @@ class ElboStep:
         self.groups = [groups[id(self.store.parameters[0])], groups[id(self.parameters[0])]]
         self.groups.append(groups[id(self.parameters[-1])])  # of a learned scale, or as the others
         self.shared = self._pack()
+        first_moment = self.shared.weights[1].data_ptr()
+        self.places = [*(p.data_ptr() for p in self.parameters), first_moment]
         self.rates: list[tuple[float, float]] = []  # as written to the device, for the clock `rated`
         self.rated: Clock | None = None
         self.version = 0  # of the clock's rates then; a RowAdam.step() writes them too
@@ -84,6 +87,8 @@ class ElboStep:
         if self.store.moving != moving or len(self.store.columns) != 1:
             self.store.flush()
             self.store.restart(moving, self.store.steps)
+        index, offset, *_ = self.clock.counters.tolist()
+        self.clock.index, self.clock.steps = index, index + offset  # a step that was interrupted counted there first
 
     def make_room(self, steps: int) -> None:
         """Make ready for `steps` steps, without which their memory may move under a CUDA graph that was captured."""
@@ -94,6 +99,9 @@ class ElboStep:
     def set_rates(self) -> None:
         """Write lr and weight_decay of the optimiser's groups where the step to come reads them."""
         settings = [self.optimizer.param_groups[group] for group in self.groups]
+        for group in settings:
+            if float(group["lr"]) * group["weight_decay"] >= 1:
+                raise ValueError(f"lr * weight_decay must be below 1; got {group['lr']} * {group['weight_decay']}")
         rates = [(float(group["lr"]), float(group["weight_decay"])) for group in settings]
         clock = self.clock
         if rates != self.rates or clock is not self.rated or clock.rates._version != self.version:
@@ -101,6 +109,15 @@ class ElboStep:
             self.rates, self.rated, self.version = rates, clock, clock.rates._version
             for at, value in zip(self.shared.rates.view(-1), (*rates[1], *rates[2]), strict=True):
                 at.fill_(value)
+
+    def release(self) -> None:
+        """Give every parameter and moment memory of its own again, and the batch's arrays back. Nothing is stepped
+        hereafter."""
+        for parameter in self.parameters:
+            parameter.data = parameter.data.clone()
+            state = self.optimizer.state[parameter]
+            state.update({name: state[name].clone() for name in ("step", "exp_avg", "exp_avg_sq")})
+        elbo_cpu.KEPT.pop(self.shared.weights, None)
 
     def replayed(self, steps: int) -> None:
         """Follow, on the host, `steps` steps that a CUDA graph has taken."""
@@ -156,11 +173,9 @@ class ElboStep:
         return self.counts[rows]
 
     def _check_memory(self) -> None:
-        first, last, weights = self.parameters[0], self.parameters[-1], self.shared.weights
-        moment = self.optimizer.state[first].get("exp_avg")
-        found = [None if t is None else t.data_ptr() for t in (first, moment, last)]
-        places = [0, weights.shape[1], weights.shape[1] - last.numel()]
-        expected = [weights.data_ptr() + place * weights.itemsize for place in places]
+        moment = self.optimizer.state[self.parameters[0]].get("exp_avg")
+        found = [p.data_ptr() for p in self.parameters] + [None if moment is None else moment.data_ptr()]
+        expected = self.places
         if found != expected or not self.store.columns or self.store.owner(0) is not self.optimizer:
             raise RuntimeError(
                 "the model's parameters, its RowAdam or that one's state were replaced since this ElboStep was made; "
@@ -190,7 +205,7 @@ def _form(model: RowModel) -> ElboModel:
 
 
 def _model_reason(model: nn.Module) -> str | None:
-    if not isinstance(model, RowModel) or type(model.posterior) not in (RelayPosterior, MeanFieldPosterior):
+    if type(model) is not RowModel or type(model.posterior) not in (RelayPosterior, MeanFieldPosterior):
         return "its rows have neither a RelayPosterior nor a MeanFieldPosterior"
     if type(model.decoder) is not MLPDecoder:
         return "its decoder is no MLPDecoder"

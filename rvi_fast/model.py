@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from . import ops
+from . import ops, reference
 from .likelihoods import Likelihood
 from .nn import MeanFieldPosterior, MLPDecoder, RelayPosterior
 
@@ -76,7 +76,7 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """x float32 [B, D], mask bool [B, D] -> mean, log_std [B, T]."""
         seen = mask.to(x.dtype)
-        filled = x * seen + self.fill * (1 - seen)  # type: ignore[operator]
+        filled = reference.without_holes(x, mask) + self.fill * (1 - seen)  # type: ignore[operator]
         inputs = torch.cat((filled, seen), dim=1) if self.missing == "zero+mask" else filled
         mean, log_std = self.mlp(inputs).chunk(2, dim=1)
         return mean, log_std

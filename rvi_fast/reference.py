@@ -232,7 +232,7 @@ def masked_gaussian_nll(xhat: Tensor, x: Tensor, mask: Tensor, scale: Tensor) ->
     xhat, x: [B, D]; mask: [B, D] bool, True = observed; scale: [D] or [], > 0. Returns [B].
     """
     m = mask.to(xhat.dtype)
-    r = m * ((without_holes(x, mask) - xhat) / scale)
+    r = m * (without_holes(x, mask) - xhat) / scale
     return 0.5 * (r * r).sum(1) + (m * (scale.log() + HALF_LOG_2PI)).sum(1)
 
 

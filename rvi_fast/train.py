@@ -154,6 +154,7 @@ class Trainer:
                             progress.stopped = "early"
                         if after_epoch(logs) and progress.stopped == "running":
                             progress.stopped = "callback"
+                        self.fused = self.make_fused()  # a callback may have frozen or replaced what it had read
                     after_step(progress.step)
                     if interrupted.is_set() and progress.stopped == "running":
                         progress.stopped = "interrupted"
@@ -162,13 +163,16 @@ class Trainer:
                 else:
                     progress.stopped = "completed"
         finally:
+            if self.fused is not None:
+                self.fused.release()
+                self.fused = None
             self.optimizer.zero_grad()
             self.model.eval()
 
     def make_fused(self) -> ElboStep | None:
         """The whole step in one call, where there is one for the model."""
         on_cpu = self.plan.device.type == "cpu"
-        if not on_cpu or not isinstance(self.model, RowModel) or ElboStep.supports(self.model, self.optimizer):
+        if not on_cpu or type(self.model) is not RowModel or ElboStep.supports(self.model, self.optimizer):
             return None
         return ElboStep(self.model, self.optimizer)
 

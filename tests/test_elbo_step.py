@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import rvi_fast
+from rvi_fast import reference
 from rvi_fast.elbo_step import ElboStep, _form
 from rvi_fast.likelihoods import Bernoulli, Gaussian
 from rvi_fast.model import RowModel
@@ -548,3 +549,47 @@ def test_rows_without_relays(likelihood, dtype):
     assert (
         elbo.unsupported(torch.empty(1, 3, 4, device="meta"), 2, _form(make_model(groups=()))) == "rows without relays"
     )
+
+
+def test_a_tie_in_one_row_and_nan_in_another_do_not_cancel():
+    coef = torch.tensor([[0.0, 1.0, 1.0, 1.0], [torch.nan, 1.0, 2.0, 3.0]])
+    kept = torch.empty(2, 4)
+    elbo_cpu._select(coef, _form(make_model(groups=(4,), active=2)), kept)
+    assert torch.equal(kept, reference.select(coef, 2).float())
+
+
+def test_a_released_step_leaves_parameters_and_moments_in_memory_of_their_own():
+    x, mask = make_data()
+    model, optimizer = plain()
+    fused = ElboStep(model, optimizer)
+    fused.step(batches()[0], x, mask)
+    before = state_of(model, optimizer)
+    fused.release()
+    assert all(torch.equal(value, before[name]) for name, value in state_of(model, optimizer).items())
+    assert all(p.untyped_storage().nbytes() == p.nbytes for p in model.decoder.parameters())
+    assert fused.shared.weights not in elbo_cpu.KEPT
+    with pytest.raises(RuntimeError, match="make a new one"):
+        fused.step(batches()[0], x, mask)
+    ElboStep(model, optimizer).step(batches()[1], x, mask)
+
+
+def test_a_step_that_would_turn_weights_round_is_refused_before_anything_moves():
+    x, mask = make_data()
+    model, optimizer = plain()
+    fused = ElboStep(model, optimizer)
+    optimizer.param_groups[1].update(lr=20.0, weight_decay=0.1)
+    before = state_of(model, optimizer)
+    with pytest.raises(ValueError, match=r"lr \* weight_decay must be below 1; got 20.0 \* 0.1"):
+        fused.step(batches()[0], x, mask)
+    assert all(torch.equal(value, before[name]) for name, value in state_of(model, optimizer).items())
+
+
+def test_under_autocast_the_step_stays_in_the_models_dtype():
+    x, mask = make_data(dtype=torch.float32)
+    states = []
+    for autocast in (False, True):
+        model, optimizer = plain(torch.float32)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            train_fused(model, optimizer, x, mask, batches())
+        states.append(state_of(model, optimizer))
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])

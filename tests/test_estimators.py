@@ -574,3 +574,23 @@ def test_no_warning_in_an_ordinary_fit():
         warnings.simplefilter("error")
         fitted(RVI, SMALL | RELAYS).impute()
     assert isinstance(RVI(likelihood=Gaussian(0.5)).likelihood, Gaussian)
+
+
+def test_what_a_callback_does_to_the_model_is_heeded():
+    X = np.random.default_rng(0).normal(size=(60, 5)).astype(np.float32)
+    frozen = {}
+
+    def freeze(model, logs):
+        if not frozen:
+            model.model_.decoder.requires_grad_(False)
+            frozen.update({name: value.clone() for name, value in model.model_.decoder.state_dict().items()})
+
+    model = RVI(epochs=4, latent_dim=3, progress=False).fit(X, callbacks=[freeze])
+    assert all(torch.equal(value, frozen[name]) for name, value in model.model_.decoder.state_dict().items())
+    model = RVI(epochs=2, latent_dim=3, progress=False).fit(X, callbacks=[lambda m, _: not m.model_.double().float()])
+    assert len(model.history_["loss"]) == 2 and np.isfinite(model.history_["loss"]).all()
+
+
+def test_a_fitted_models_weights_have_memory_of_their_own():
+    model = RVI(epochs=1, latent_dim=3, progress=False).fit(np.random.default_rng(0).normal(size=(60, 5)))
+    assert all(p.untyped_storage().nbytes() == p.nbytes for p in model.model_.decoder.parameters())

@@ -57,10 +57,8 @@ IMAGE_VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "no linear path": {"linear_path": False},
     "scale 0.14": {"scale": PAPER_SCALE},
-    "lr 1e-3": {"lr": 1e-3},
     "lr 1e-2": {"lr": 1e-2},
     "row lr 1e-2": {"row_lr": 1e-2},
-    "row lr 3e-2": {"row_lr": 3e-2},
     "constant lr": {"schedule": "constant"},
 }
 

@@ -62,6 +62,7 @@ def _arrays(weights: Tensor, *sizes: int) -> Arrays:
 
 
 @torch.no_grad()
+@torch.autocast("cpu", enabled=False)
 def step(table: RowState, batch: Batch, shared: SharedState, model: ElboModel) -> None:
     """As elbo_step_, on rows in memory that the CPU reaches."""
     rows = batch.rows[: int(batch.present)]
@@ -153,13 +154,13 @@ def _losses_and_gradients(
 
 def _select(coef: Tensor, model: ElboModel, kept: Tensor) -> None:
     """1 at the selected coefficients, else 0: those of at least the |B|-th absolute value, where there are no ties."""
-    magnitude, start = coef.detach().abs().numpy(), 0
+    magnitude, start = coef.abs().numpy(), 0
     for size, active in zip(model.groups, model.active, strict=True):
         span = slice(start, start + size)
         group = magnitude[:, span]
         threshold = np.partition(group, size - active, axis=1)[:, size - active]
         chosen = group >= threshold[:, None]
-        if np.count_nonzero(chosen) == len(group) * active:
+        if (np.count_nonzero(chosen, axis=1) == active).all():
             kept[:, span] = torch.from_numpy(chosen)
         else:  # ties, or NaN
             kept[:, span] = reference.select(coef[:, span], active)
