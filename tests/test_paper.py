@@ -160,9 +160,9 @@ def test_verdicts():
     def verdict(*comparisons):
         return Claim("", "", "", "", comparisons).verdict
 
-    assert verdict(below, below) == verdict(below, below, equal) == "holds"
+    assert verdict(below, below) == verdict(below, below, below, equal) == "holds"
     assert verdict(below, equal) == verdict(below, below, above) == verdict(above, above, below) == "unclear"
-    assert verdict(above, above, equal) == "fails"
+    assert verdict(above, above, above, below) == "fails"
 
 
 def test_who_alone_diverges_loses():

@@ -18,6 +18,7 @@ from .runs import Results, Run, Size
 LEVELS = (1.05, 1.25)  # speed is judged by the epochs until an error this many times the least that both reach
 PROTOCOL = "epochs"  # of test rows: the published one
 CONFIDENCE = 0.975  # two-sided 95 %
+MOST = 0.75
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,11 +72,9 @@ class Claim:
 
     @property
     def verdict(self) -> str:
-        """holds: in most settings, and fails in none. fails: the other way round. Else unclear."""
-        holds, fails = self.count("holds"), self.count("fails")
-        if 2 * holds > len(self.comparisons) and not fails:
-            return "holds"
-        return "fails" if 2 * fails > len(self.comparisons) and not holds else "unclear"
+        """holds, or fails: where that is the verdict in MOST of the settings; else unclear."""
+        enough = MOST * len(self.comparisons)
+        return next((verdict for verdict in ("holds", "fails") if self.count(verdict) >= enough), "unclear")
 
 
 Measure = Callable[[Run, Run], float]  # of a run, beside the one that it is compared with

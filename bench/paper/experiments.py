@@ -51,6 +51,7 @@ TABLE_VARIANTS: dict[str, dict[str, Any]] = {
     "KL weight 1.5": {"kl_weight": 1.5},
     "coefficients from N(0, 0.3²)": {"coef_std": 0.3},
     "half the epochs": {"epochs": 100},
+    "share of relays 0.9": {"active": 0.9},
 }
 PEERS = ("RVI", "VAD", "low-rank", "PPCA")
 IMAGE_VARIANTS: dict[str, dict[str, Any]] = {
@@ -60,6 +61,7 @@ IMAGE_VARIANTS: dict[str, dict[str, Any]] = {
     "lr 1e-2": {"lr": 1e-2},
     "row lr 1e-2": {"row_lr": 1e-2},
     "constant lr": {"schedule": "constant"},
+    "share of relays 0.9": {"active": 0.9},
 }
 
 
