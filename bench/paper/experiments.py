@@ -219,14 +219,13 @@ def images(results: Results, size: Size) -> list[Run]:
     """The library's defaults for images, one changed at a time; and the linear peers."""
     runs = []
     for s, d in product(range(size.seeds), IMAGES):
-        runs += [image_run(d, variant, s) for variant in IMAGE_VARIANTS]
+        runs += [image_run(d, s, **settings) for settings in IMAGE_VARIANTS.values()]
         runs += [default_run(d, method, r, s) for r, method in product((0.5, 0.9), PEERS)]
     return runs
 
 
-def image_run(data: str, variant: str, seed: int) -> Run:
-    run = Run(data, "RVI", 0.5, seed, base="auto", hidden=HIDDEN)
-    return run.with_settings(**IMAGE_VARIANTS[variant])
+def image_run(data: str, seed: int, **settings: Any) -> Run:
+    return Run(data, "RVI", 0.5, seed, base="auto", hidden=HIDDEN).with_settings(**settings)
 
 
 EXPERIMENTS: dict[str, Callable[[Results, Size], list[Run]]] = {

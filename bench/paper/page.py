@@ -6,6 +6,7 @@ import datetime
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -89,11 +90,11 @@ def table(header: Sequence[Any], rows: Iterable[Sequence[Any]]) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-def spread(values: Iterable[float]) -> str:
+def spread(values: Iterable[float], form: str = ".4f") -> str:
     """Mean and standard error over seeds."""
     found = np.array(list(values), dtype=float)
     error = found.std(ddof=1) / math.sqrt(len(found)) if len(found) > 1 else math.nan
-    return f"{found.mean():.4f} ± {error:.4f}"
+    return f"{found.mean():{form}} ± {error:.4f}"
 
 
 def _title(data: str, rate: float) -> str:
@@ -246,23 +247,28 @@ def _tables(results: Results, size: Size) -> str:
         header = (data, "linear path", "scale", *(f"latent {dim}" for dim in ex.LATENT_DIMS))
         parts.append(table(header, rows))
     parts += ["The defaults, one setting changed at a time:"]
-    rows = []
-    for variant, settings in ex.TABLE_VARIANTS.items():
-        runs = ([ex.table_run(data, "RVI", s, **settings) for s in range(size.seeds)] for data in ex.TABLES)
-        rows.append((variant, *(spread(results[run].end("hidden") for run in of_data) for of_data in runs)))
-    parts += [
-        table(("elastic error, hidden", *ex.TABLES), rows),
-        "With nothing hidden besides, squared error on holes:",
-    ]
-    return "\n\n".join([*parts, _peers(results, size, [(data, 0.5) for data in ex.TABLES], "mse")])
+    parts += [_variants(results, size, ex.TABLES, partial(ex.table_run, method="RVI"), ex.TABLE_VARIANTS)]
+    peers = _peers(results, size, [(data, 0.5) for data in ex.TABLES], "mse")
+    return "\n\n".join([*parts, "With nothing hidden besides, squared error on holes:", peers])
+
+
+def _variants(
+    results: Results, size: Size, datas: Sequence[str], make: Callable[..., Run], variants: dict[str, dict[str, Any]]
+) -> str:
+    """Elastic error on hidden training cells: of the defaults, and how it differs where one setting does."""
+
+    def errors(data: str, variant: str) -> np.ndarray:
+        runs = (make(data=data, seed=s, **variants[variant]) for s in range(size.seeds))
+        return np.array([results[run].end("hidden") for run in runs])
+
+    rows = [("default", *(spread(errors(data, "default")) for data in datas))]
+    for variant in list(variants)[1:]:
+        rows.append((variant, *(spread(errors(d, variant) - errors(d, "default"), "+.4f") for d in datas)))
+    return table(("hidden; below: difference from the default", *(_title(data, 0.5) for data in datas)), rows)
 
 
 def _images(results: Results, size: Size) -> str:
-    rows = []
-    for variant in ex.IMAGE_VARIANTS:
-        runs = ([ex.image_run(data, variant, s) for s in range(size.seeds)] for data in ex.IMAGES)
-        rows.append((variant, *(spread(results[run].end("hidden") for run in of_data) for of_data in runs)))
-    changed = table(("hidden, training rows", *(_title(data, 0.5) for data in ex.IMAGES)), rows)
+    changed = _variants(results, size, ex.IMAGES, ex.image_run, ex.IMAGE_VARIANTS)
     peers = _peers(results, size, list(product(ex.IMAGES, (0.5, 0.9))), "missing")
     return (
         f"## Images with the library's defaults\n\nTrained for {size.epochs} epochs, one setting changed at a time:"
