@@ -25,14 +25,18 @@ class Settings:
     scale: float | str
     standardize: bool
     lr: float
+    row_lr: float  # where lr is "auto", too
     schedule: str
     weight_decay: float
     batch_size: int
     epochs: int
 
 
-AUTO = tuple(f.name for f in dataclasses.fields(Settings) if f.name != "scale")  # arguments that may be "auto"
+AUTO = tuple(
+    f.name for f in dataclasses.fields(Settings) if f.name not in ("scale", "row_lr")
+)  # arguments that may be "auto"
 
+# both are measured: bench/results/paper/quick/README.md, one setting changed at a time
 TABLE = Settings(
     latent_dim=16,
     hidden=(128,),
@@ -41,6 +45,7 @@ TABLE = Settings(
     scale="learned",
     standardize=True,
     lr=1e-2,
+    row_lr=1e-2,
     schedule="cosine",
     weight_decay=0.1,
     batch_size=64,
@@ -54,6 +59,7 @@ IMAGE = Settings(
     scale="learned",
     standardize=False,
     lr=3e-3,
+    row_lr=1e-2,
     schedule="cosine",
     weight_decay=0.0,
     batch_size=256,

@@ -199,8 +199,8 @@ class Estimator:
             raise TypeError(f"callbacks must be a sequence of functions (model, logs); got {callbacks!r}")
         return listed
 
-    def _resolve(self, data: Observations, statistics: ColumnStatistics) -> None:
-        """Replace every "auto" by what the data ask for; results carry a trailing underscore."""
+    def _resolve(self, data: Observations, statistics: ColumnStatistics) -> defaults.Settings:
+        """Replace every "auto" by what the data ask for, and return that; results carry a trailing underscore."""
         auto = defaults.settings_for(data.values.dtype, statistics, len(data))
         for name in defaults.AUTO:
             value = getattr(self, name)
@@ -225,6 +225,7 @@ class Estimator:
         self.units_ = statistics.units(self.standardize_, full_scale)
         self.likelihood_.check_range(statistics.low / full_scale, statistics.high / full_scale)
         self.likelihood_.bind(data.num_columns)
+        return auto
 
     def _resolve_device(self) -> None:
         auto = "cuda" if torch.cuda.is_available() else "cpu"
@@ -608,6 +609,8 @@ class RowEstimator(Estimator):
     row_lr: float | None
     log_std: float
 
+    row_lr_: float
+
     def _check_arguments(self) -> None:
         super()._check_arguments()
         arguments.number("row_lr", self.row_lr, None)
@@ -615,8 +618,14 @@ class RowEstimator(Estimator):
         if not arguments.is_number(self.log_std) or abs(self.log_std) > MAX_LOG_STD:
             raise ValueError(f"log_std must be a number between -{MAX_LOG_STD} and {MAX_LOG_STD}; got {self.log_std!r}")
 
+    def _resolve(self, data: Observations, statistics: ColumnStatistics) -> defaults.Settings:
+        auto = super()._resolve(data, statistics)
+        by_data = auto.row_lr if self.lr == "auto" else self.lr_
+        self.row_lr_ = by_data if self.row_lr is None else float(self.row_lr)
+        return auto
+
     def _row_lr(self) -> float:
-        return self.lr_ if self.row_lr is None else self.row_lr
+        return self.row_lr_
 
     def _make_posterior(self, num_rows: int) -> RelayPosterior | MeanFieldPosterior:
         raise NotImplementedError
@@ -641,10 +650,10 @@ class RVI(RowEstimator):
     groups: relays in each group. active: how many of a group a row uses, an int, a share in (0, 1], or one for each
     group. coefficients: "linear" or "softmax" (mixture form). likelihood: Gaussian(scale), Bernoulli() or "auto".
     kl_weight: of the KL term. standardize: zero mean and unit variance columns inside. lr: of decoder and relays;
-    row_lr: of the rows (None: lr). schedule: "constant" or "cosine" (to 0). weight_decay: of decoder and relays,
-    decoupled. batch_size: rows a step. epochs: passes over the rows. optimizer_mode: "dense" or "lazy" (see
-    optim.RowAdam). activation: of the decoder. relay_std, coef_std, residual_std: of the normal initial values of
-    relays, coefficients and residuals. log_std: its initial value. keep_empty_columns: let columns with
+    row_lr: of the rows (None: lr, or by the data where lr is). schedule: "constant" or "cosine" (to 0). weight_decay:
+    of decoder and relays, decoupled. batch_size: rows a step. epochs: passes over the rows. optimizer_mode: "dense" or
+    "lazy" (see optim.RowAdam). activation: of the decoder. relay_std, coef_std, residual_std: of the normal initial
+    values of relays, coefficients and residuals. log_std: its initial value. keep_empty_columns: let columns with
     nothing observed pass; they are filled with 0. seed: of everything random. device: "auto", "cpu", "cuda", ...
     progress: a bar for work longer than two seconds.
     """

@@ -174,7 +174,7 @@ def _config(estimator: Estimator, rows: bool, trainer: Trainer | None = None) ->
         "version": FORMAT_VERSION,
         "class": type(estimator).__name__,
         "params": params,
-        "resolved": {name: getattr(estimator, name + "_") for name in defaults.AUTO},
+        "resolved": {name: getattr(estimator, name + "_") for name in _resolved_names(estimator)},
         "likelihood": _likelihood_config(estimator.likelihood_),
         "columns": {"count": estimator.n_features_in_, "names": estimator.feature_names_in_},
         "num_rows": estimator.n_rows_ if rows else None,
@@ -183,6 +183,10 @@ def _config(estimator: Estimator, rows: bool, trainer: Trainer | None = None) ->
         "stopped": estimator.stopped_ if trainer is None else trainer.progress.stopped,
         **({} if trainer is None else {"training": _training_config(estimator, trainer)}),
     }
+
+
+def _resolved_names(estimator: Estimator) -> tuple[str, ...]:
+    return (*defaults.AUTO, "row_lr") if hasattr(estimator, "row_lr_") else defaults.AUTO
 
 
 def _likelihood_config(likelihood: likelihoods.Likelihood) -> dict[str, Any]:
@@ -302,6 +306,8 @@ def load(cls: type[Estimator], dir: Any, device: Any = None) -> Any:
     estimator = cls(**params)
     for name, value in config["resolved"].items():
         setattr(estimator, name + "_", tuple(value) if isinstance(value, list) else value)
+    if "row_lr" in params and "row_lr" not in config["resolved"]:  # saved before rows had a rate of their own by data
+        setattr(estimator, "row_lr_", estimator.lr_ if params["row_lr"] is None else params["row_lr"])  # noqa: B010
     estimator.n_features_in_ = config["columns"]["count"]
     estimator.feature_names_in_ = config["columns"]["names"]
     estimator.units_ = _units_from(tensors)

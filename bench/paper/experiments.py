@@ -59,7 +59,7 @@ IMAGE_VARIANTS: dict[str, dict[str, Any]] = {
     "no linear path": {"linear_path": False},
     "scale 0.14": {"scale": PAPER_SCALE},
     "lr 1e-2": {"lr": 1e-2},
-    "row lr 1e-2": {"row_lr": 1e-2},
+    "row lr 3e-3": {"row_lr": 3e-3},
     "constant lr": {"schedule": "constant"},
     "share of relays 0.9": {"active": 0.9},
 }
