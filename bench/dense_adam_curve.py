@@ -52,7 +52,6 @@ def prepared_trainer(estimator: RVI, X: np.ndarray) -> Trainer:
     estimator._build(len(X), None)
     trainer = estimator._trainer(Observations(X), None, None)
     trainer.model.train()
-    trainer.fused = trainer.make_fused()
     return trainer
 
 

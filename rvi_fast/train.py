@@ -17,8 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from . import reference
-from .elbo_step import ElboStep
-from .model import LatentModel, RowModel
+from .model import LatentModel
 from .observations import ColumnUnits, HiddenCells, Observations
 from .optim import RowAdam
 from .row_store import RowParameter
@@ -97,7 +96,6 @@ class Trainer:
         self.base_lr = [group["lr"] for group in optimizer.param_groups]
         self.best: tuple[float, int, dict[str, Tensor]] | None = None
         self.total = plan.total_steps(len(data))
-        self.fused: ElboStep | None = None
 
     def batch(self, rows: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
         """rows, x [B, D] in the model's units and the mask of cells to train on, on the device."""
@@ -141,7 +139,6 @@ class Trainer:
         before = progress.history.get("seconds", [0.0])[-1]
         started = time.perf_counter() - before
         self.model.train()
-        self.fused = self.make_fused()
         try:
             with bar, self.threads(), torch.enable_grad(), _interrupt_flag() as interrupted:
                 for rows in self.batches():
@@ -154,7 +151,6 @@ class Trainer:
                             progress.stopped = "early"
                         if after_epoch(logs) and progress.stopped == "running":
                             progress.stopped = "callback"
-                        self.fused = self.make_fused()  # a callback may have frozen or replaced what it had read
                     after_step(progress.step)
                     if interrupted.is_set() and progress.stopped == "running":
                         progress.stopped = "interrupted"
@@ -163,18 +159,8 @@ class Trainer:
                 else:
                     progress.stopped = "completed"
         finally:
-            if self.fused is not None:
-                self.fused.release()
-                self.fused = None
             self.optimizer.zero_grad()
             self.model.eval()
-
-    def make_fused(self) -> ElboStep | None:
-        """The whole step in one call, where there is one for the model."""
-        on_cpu = self.plan.device.type == "cpu"
-        if not on_cpu or type(self.model) is not RowModel or ElboStep.supports(self.model, self.optimizer):
-            return None
-        return ElboStep(self.model, self.optimizer)
 
     def empty_rows(self) -> Tensor:
         """Training rows with nothing observed, int64."""
@@ -199,21 +185,16 @@ class Trainer:
         """One optimisation step on the mean loss of these rows."""
         self.set_lr()
         index, x, mask = self.batch(rows)
-        if self.fused is not None:
-            sums = torch.stack(self.fused.step(index, x, mask, gathered=True))
-        else:
-            self.optimizer.zero_grad()
-            nll, kl = self.model(index, x, mask)
-            sums = torch.stack((nll.detach().sum(), kl.detach().sum()))
-        nll_sum, kl_sum = sums.tolist()
+        self.optimizer.zero_grad()
+        nll, kl = self.model(index, x, mask)
+        nll_sum, kl_sum = torch.stack((nll.detach().sum(), kl.detach().sum())).tolist()
         if not math.isfinite(nll_sum + kl_sum):
             rates = ", ".join(f"{lr:g}" for lr in self.base_lr)
             raise FloatingPointError(
                 f"training diverged at step {self.progress.step}; lower lr or row_lr (now {rates})"
             )
-        if self.fused is None:
-            self.model.row_loss(nll, kl).mean().backward()
-            self.optimizer.step()
+        self.model.row_loss(nll, kl).mean().backward()
+        self.optimizer.step()
         progress = self.progress
         progress.sums = [total + new for total, new in zip(progress.sums, (nll_sum, kl_sum, len(rows)), strict=True)]
         progress.step += 1
