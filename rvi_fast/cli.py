@@ -119,7 +119,7 @@ def _parser() -> argparse.ArgumentParser:
         "holds already are not repeated, so a run that was interrupted goes on where it stopped.",
     )
     paper.add_argument("-o", "--out", help="folder of the results (default: rvi-fast-paper-quick or -full)")
-    paper.add_argument("--quick", action="store_true", help="4,000 rows, 60 epochs, 3 seeds: two to three hours on 2 cores")
+    paper.add_argument("--quick", action="store_true", help="4,000 rows, 60 epochs, 3 seeds: 2 to 3 hours on 2 cores")
     paper.add_argument(
         "--only",
         type=lambda text: text.split(","),
