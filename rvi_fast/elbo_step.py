@@ -12,7 +12,6 @@ from .clock import Clock
 from .likelihoods import Bernoulli, Gaussian
 from .model import RowModel
 from .nn import ACTIVATIONS, MeanFieldPosterior, MLPDecoder, RelayPosterior
-from .ops import elbo_cpu
 from .ops.elbo import Batch, ElboModel, RowState, SharedState, elbo_step_, shared_views, unsupported
 from .optim import RowAdam
 from .reference import AdamHyper
@@ -109,15 +108,6 @@ class ElboStep:
             self.rates, self.rated, self.version = rates, clock, clock.rates._version
             for at, value in zip(self.shared.rates.view(-1), (*rates[1], *rates[2]), strict=True):
                 at.fill_(value)
-
-    def release(self) -> None:
-        """Give every parameter and moment memory of its own again, and the batch's arrays back. Nothing is stepped
-        hereafter."""
-        for parameter in self.parameters:
-            parameter.data = parameter.data.clone()
-            state = self.optimizer.state[parameter]
-            state.update({name: state[name].clone() for name in ("step", "exp_avg", "exp_avg_sq")})
-        elbo_cpu.KEPT.pop(self.shared.weights, None)
 
     def replayed(self, steps: int) -> None:
         """Follow, on the host, `steps` steps that a CUDA graph has taken."""

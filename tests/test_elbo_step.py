@@ -558,21 +558,6 @@ def test_a_tie_in_one_row_and_nan_in_another_do_not_cancel():
     assert torch.equal(kept, reference.select(coef, 2).float())
 
 
-def test_a_released_step_leaves_parameters_and_moments_in_memory_of_their_own():
-    x, mask = make_data()
-    model, optimizer = plain()
-    fused = ElboStep(model, optimizer)
-    fused.step(batches()[0], x, mask)
-    before = state_of(model, optimizer)
-    fused.release()
-    assert all(torch.equal(value, before[name]) for name, value in state_of(model, optimizer).items())
-    assert all(p.untyped_storage().nbytes() == p.nbytes for p in model.decoder.parameters())
-    assert fused.shared.weights not in elbo_cpu.KEPT
-    with pytest.raises(RuntimeError, match="make a new one"):
-        fused.step(batches()[0], x, mask)
-    ElboStep(model, optimizer).step(batches()[1], x, mask)
-
-
 def test_a_step_that_would_turn_weights_round_is_refused_before_anything_moves():
     x, mask = make_data()
     model, optimizer = plain()
