@@ -81,8 +81,8 @@ class _OnDevice:
         """The clock that owns these tensors, where only they are known. Waits for the device."""
         beta1, beta2, _, _, eps = constants.tolist()
         index, offset, _, _ = counters.tolist()
-        clock = cls(AdamHyper(beta1, beta2, eps), index + offset, history.device)
-        clock.index = index
+        clock = cls.__new__(cls)  # without tensors of its own: this happens at every step
+        clock.hyper, clock.steps, clock.index = AdamHyper(beta1, beta2, eps), index + offset, index
         clock.history, clock.counters, clock.constants, clock.rates = history, counters, constants, rates
         return clock
 
@@ -142,8 +142,14 @@ class AdamClock(_OnDevice):
 
     def __init__(self, hyper: AdamHyper, steps: int = 0, device: torch.device | str = "cpu"):
         super().__init__(hyper, steps, device)
-        self.closed_form = hyper.closed_form()
-        self._window = hyper.window()
+
+    @property
+    def closed_form(self) -> bool:
+        return self.hyper.closed_form()
+
+    @functools.cached_property
+    def window(self) -> int | None:
+        return self.hyper.window()
 
     @property
     def moments(self) -> Tensor:
@@ -174,10 +180,10 @@ class AdamClock(_OnDevice):
         self.history[5, u] = lr
         self.counters[0] += 1
         self.replayed(1)
-        if self._window and self.closed_form:
-            first = max(0, u - self._window)
+        if self.window and self.closed_form:
+            first = max(0, u - self.window)
             regrow = torch.exp(self.log_decay[first:u] - self.log_decay[u])
-            self.moments[:, first:u] += self._step_weights(lr)[:, first - u :] * regrow
+            self.moments[:, first:u] += self.step_weights(lr)[:, first - u :] * regrow
 
     def tick(self) -> None:
         """Count one step taken at the rates that were set, by a kernel."""
@@ -186,9 +192,10 @@ class AdamClock(_OnDevice):
         advance(self.history, self.counters, self.constants, self.rates, self.closed_form)
         self.replayed(1)
 
-    def _step_weights(self, lr: float) -> Tensor:
-        weights = _window_weights(self.hyper, self._window or 0, self.history.device)
-        bc1, bc2 = (float(c) for c in self.hyper.bias_corrections(self.steps))
+    def step_weights(self, lr: float) -> Tensor:
+        """What the step just counted, taken with `lr`, adds to the moments of the window's, float64 [4, window]."""
+        weights = _window_weights(self.hyper, self.window or 0, self.history.device)
+        bc1, bc2 = self.hyper.bias_corrections_at(self.steps)
         per_order = [lr / bc1 * bc2 ** (0.5 * order) for order in (1, 2, 3, 4)]
         return weights * torch.tensor(per_order, dtype=torch.float64, device=self.history.device)[:, None]
 
@@ -260,15 +267,15 @@ class AdamClock(_OnDevice):
         if not len(rows):
             return None
         summed = torch.zeros_like(m, dtype=torch.bool)
-        floor = (EPS_MEETS_GRADIENT * self.hyper.eps * missed.node2[rows, None]).to(v.dtype)
-        summed[rows] = (m[rows] != 0) & (v[rows].sqrt() < floor)
+        floor = (EPS_MEETS_GRADIENT * self.hyper.eps * missed.node2[rows, None]).square()
+        summed[rows] = (m[rows] != 0) & (v[rows] < floor.to(v.dtype).clamp_min(torch.finfo(v.dtype).tiny))
         return summed
 
     def _missed_steps(self, last: Tensor) -> tuple[Tensor, Tensor]:
         """Weight and shrink [B, J] of the steps after `last` (int64 [B]), the first J of them that can matter."""
         missed = self.index - last
         longest = int(missed.max())
-        length = longest if self._window is None else min(longest, self._window)
+        length = longest if self.window is None else min(longest, self.window)
         age = torch.arange(1, length + 1, device=last.device)
         index = torch.clamp(last[:, None] + age, max=self.index)
         lr = torch.where(age <= missed[:, None], self.history[5, index], 0.0)

@@ -12,6 +12,7 @@ from .clock import Clock
 from .likelihoods import Bernoulli, Gaussian
 from .model import RowModel
 from .nn import ACTIVATIONS, MeanFieldPosterior, MLPDecoder, RelayPosterior
+from .ops import elbo_cpu
 from .ops.elbo import Batch, ElboModel, RowState, SharedState, elbo_step_, shared_views, unsupported
 from .optim import RowAdam
 from .reference import AdamHyper
@@ -25,9 +26,9 @@ class ElboStep:
     the optimiser's state are views of it from then on, so that both can be used and saved as before. Whatever
     replaces these (model.to, optimizer.load_state_dict) asks for a new ElboStep.
 
-    A step waits for nothing and takes its learning rates from the device, so that a CUDA graph can hold it:
-    `make_room` for the steps ahead of the capture, `set_rates` before each replay, and tell `replayed` of them. The
-    model's kl_weight stays as it was at the capture.
+    A step waits for nothing and takes its learning rates from the device, so that a CUDA graph can hold it: capture
+    `launch`, and before each replay `prepare` and see whether `frozen` is still what it was at the capture; tell
+    `replayed` of it.
     """
 
     def __init__(self, model: RowModel, optimizer: RowAdam):
@@ -44,9 +45,8 @@ class ElboStep:
         self.shared = self._pack()
         first_moment = self.shared.weights[1].data_ptr()
         self.places = [*(p.data_ptr() for p in self.parameters), first_moment]
-        self.rates: list[tuple[float, float]] = []  # as written to the device, for the clock `rated`
-        self.rated: Clock | None = None
-        self.version = 0  # of the clock's rates then; a RowAdam.step() writes them too
+        self.rates: list[float] = []  # as written to the device
+        self.version = -1  # of that memory then; a RowAdam.step() writes it too
         self.counts: dict[int, Tensor] = {}  # batch sizes seen, on the device
         self._start_table()
         self.set_rates()
@@ -75,7 +75,8 @@ class ElboStep:
         hyper = _hyper(settings)
         second = weights.shape[1] - (self.parameters[-1].numel() if self.form.learned else 0)
         constants = torch.tensor([*hyper[:2], *hyper.logs(), hyper.eps], dtype=torch.float64, device=like.device)
-        rates = torch.zeros(2, 2, dtype=torch.float64, device=like.device)
+        self.rates_there = torch.zeros(3, 2, dtype=torch.float64, device=like.device)  # the rows' first
+        rates = self.rates_there[1:]
         loss = torch.zeros(2, 3, dtype=torch.float64, device=like.device)
         return SharedState(weights, constants, rates, steps, second, loss)
 
@@ -89,6 +90,10 @@ class ElboStep:
         index, offset, *_ = self.clock.counters.tolist()
         self.clock.index, self.clock.steps = index, index + offset  # a step that was interrupted counted there first
 
+    def valid(self) -> bool:
+        """Whether the model and its optimiser are still such that this can step them."""
+        return self._same_memory() and self.supports(self.model, self.optimizer) is None
+
     def make_room(self, steps: int) -> None:
         """Make ready for `steps` steps, without which their memory may move under a CUDA graph that was captured."""
         if self.clock.index + steps > MAX_STEPS_BEHIND:
@@ -101,13 +106,22 @@ class ElboStep:
         for group in settings:
             if float(group["lr"]) * group["weight_decay"] >= 1:
                 raise ValueError(f"lr * weight_decay must be below 1; got {group['lr']} * {group['weight_decay']}")
-        rates = [(float(group["lr"]), float(group["weight_decay"])) for group in settings]
-        clock = self.clock
-        if rates != self.rates or clock is not self.rated or clock.rates._version != self.version:
-            clock.set_rates(*rates[0])
-            self.rates, self.rated, self.version = rates, clock, clock.rates._version
-            for at, value in zip(self.shared.rates.view(-1), (*rates[1], *rates[2]), strict=True):
-                at.fill_(value)
+        rates = [float(group[name]) for group in settings for name in ("lr", "weight_decay")]
+        if self.clock.rates.data_ptr() != self.rates_there.data_ptr():
+            self.clock.rates = self.rates_there[0]
+        if rates != self.rates or self.rates_there._version != self.version:
+            there = self.rates_there
+            there.copy_(torch.tensor(rates, dtype=there.dtype, pin_memory=there.is_cuda).view(3, 2), non_blocking=True)
+            self.rates, self.version = rates, there._version
+
+    def release(self) -> None:
+        """Give every parameter and moment memory of its own again, and the batch's arrays back. Nothing is stepped
+        hereafter."""
+        for parameter in self.parameters:
+            parameter.data = parameter.data.clone()
+            state = self.optimizer.state[parameter]
+            state.update({name: state[name].clone() for name in ("step", "exp_avg", "exp_avg_sq")})
+        elbo_cpu.KEPT.pop(self.shared.weights, None)
 
     def replayed(self, steps: int) -> None:
         """Follow, on the host, `steps` steps that a CUDA graph has taken."""
@@ -139,17 +153,34 @@ class ElboStep:
         mask: bool, or its bits (uint8 [.., ceil(D / 8)]), or None for NaN in x. count: int64 [], how many of `rows` are
         there, 1 or more; they come first.
         """
-        self._check_memory()
-        self.make_room(1)
-        self.set_rates()
-        if count is None:
-            count = self._count(len(rows))
-        batch = Batch(rows, count, x, mask, float(x_scale), gathered)
-        form = self.form._replace(kl_weight=float(self.model.kl_weight))
-        elbo_step_(self.table(), batch, self.shared, form)
+        self.prepare()
+        self.launch(rows, x, mask, self._count(len(rows)) if count is None else count, x_scale, gathered)
         if len(rows):
             self.replayed(1)
         return self.shared.loss[0, 0], self.shared.loss[0, 1]
+
+    def prepare(self) -> None:
+        """Make room for a step and write its rates; raises where the model's memory was replaced."""
+        if not self._same_memory():
+            raise RuntimeError(
+                "the model's parameters, its RowAdam or that one's state were replaced since this ElboStep was made; "
+                "make a new one"
+            )
+        self.make_room(1)
+        self.set_rates()
+
+    def launch(
+        self, rows: Tensor, x: Tensor, mask: Tensor | None, count: Tensor, x_scale: float, gathered: bool
+    ) -> None:
+        """The step alone, as it stands in a CUDA graph; arguments as of `step`."""
+        batch = Batch(rows, count, x, mask, float(x_scale), gathered)
+        form = self.form._replace(kl_weight=float(self.model.kl_weight))
+        elbo_step_(self.table(), batch, self.shared, form)
+
+    def frozen(self) -> tuple:
+        """What a graph of `launch` holds fast besides the arguments: addresses, and numbers that are no tensors."""
+        tensors = (t for t in self.table() if isinstance(t, Tensor))
+        return *(t.data_ptr() for t in tensors), self.clock.history.shape[1], float(self.model.kl_weight)
 
     def table(self) -> RowState:
         """The rows, their clock and their noise as they are now."""
@@ -162,15 +193,10 @@ class ElboStep:
             self.counts[rows] = torch.full((), rows, dtype=torch.int64, device=self.store.values.device)
         return self.counts[rows]
 
-    def _check_memory(self) -> None:
+    def _same_memory(self) -> bool:
         moment = self.optimizer.state[self.parameters[0]].get("exp_avg")
         found = [p.data_ptr() for p in self.parameters] + [None if moment is None else moment.data_ptr()]
-        expected = self.places
-        if found != expected or not self.store.columns or self.store.owner(0) is not self.optimizer:
-            raise RuntimeError(
-                "the model's parameters, its RowAdam or that one's state were replaced since this ElboStep was made; "
-                "make a new one"
-            )
+        return found == self.places and bool(self.store.columns) and self.store.owner(0) is self.optimizer
 
 
 def _shared_parameters(model: RowModel) -> Iterator[nn.Parameter]:

@@ -294,6 +294,7 @@ class Estimator:
 
         def after_step(step: int) -> None:
             if checkpoint_dir is not None and step % every == 0 and step < trainer.total:
+                trainer.collect()
                 io.checkpoint(self, checkpoint_dir, trainer)
 
         def after_epoch(logs: dict[str, float]) -> bool:

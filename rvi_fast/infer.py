@@ -18,7 +18,8 @@ from .clock import AdamClock
 from .model import RowModel
 from .observations import ColumnUnits, Observations
 from .reference import AdamHyper
-from .train import BAR_DELAY_S, SCHEDULES
+from .train.plan import SCHEDULES
+from .train.trainer import BAR_DELAY_S
 
 BLOCK = 64  # rows fitted together, always exactly so many: a row's bits do not depend on the call it came in
 ELBO_DRAWS = 8  # samples of z in the ELBO that is reported

@@ -262,6 +262,11 @@ class ColumnUnits:
     scale: np.ndarray
     constant: np.ndarray  # bool: a column that showed one value only, or none; it is returned as `shift`
 
+    @classmethod
+    def identity(cls, columns: int) -> ColumnUnits:
+        """Of columns that are in the model's units already."""
+        return cls(np.zeros(columns), np.ones(columns), np.zeros(columns, dtype=bool))
+
     def to_model(self, values: np.ndarray, observed: np.ndarray) -> tuple[Tensor, Tensor]:
         """Cells in the user's units -> float32 [B, D] in the model's, 0 where missing; and the mask, bool [B, D]."""
         exact_in_float32 = values.dtype.itemsize <= (4 if values.dtype.kind == "f" else 2)

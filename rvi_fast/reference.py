@@ -267,6 +267,10 @@ class AdamHyper(NamedTuple):
         u = torch.as_tensor(u, dtype=torch.float64)
         return -torch.expm1(u * _log(self.beta1)), -torch.expm1(u * _log(self.beta2))
 
+    def bias_corrections_at(self, u: int) -> tuple[float, float]:
+        """The same for one step number that the host knows."""
+        return -math.expm1(u * _log(self.beta1)), -math.expm1(u * _log(self.beta2))
+
     def window(self) -> int | None:
         """Steps after which a row's momentum no longer moves it (relative 1e-16); None where it does not die out."""
         rho = self.beta1 / math.sqrt(self.beta2) if self.beta2 > 0 else math.inf

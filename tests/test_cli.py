@@ -329,8 +329,8 @@ def test_tables_without_numbers_and_bad_cells_are_one_sentence(tmp_path, capsys)
 def test_fit_and_impute_stop_at_ctrl_c(cancer, tmp_path, monkeypatch, capsys):
     step = Trainer.step
 
-    def interrupted_step(trainer, rows):
-        step(trainer, rows)
+    def interrupted_step(*batch):
+        step(*batch)
         signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(Trainer, "step", interrupted_step)

@@ -553,9 +553,9 @@ def test_rows_without_relays(likelihood, dtype):
 
 def test_a_tie_in_one_row_and_nan_in_another_do_not_cancel():
     coef = torch.tensor([[0.0, 1.0, 1.0, 1.0], [torch.nan, 1.0, 2.0, 3.0]])
-    kept = torch.empty(2, 4)
-    elbo_cpu._select(coef, _form(make_model(groups=(4,), active=2)), kept)
-    assert torch.equal(kept, reference.select(coef, 2).float())
+    arrays = elbo_cpu.Arrays(torch.float32, batch=2, columns=1, width=4, relays=4, features=1, shared=1)
+    elbo_cpu._select(coef, _form(make_model(groups=(4,), active=2)), arrays)
+    assert torch.equal(arrays.kept, -reference.select(coef, 2).to(torch.int8))
 
 
 def test_a_step_that_would_turn_weights_round_is_refused_before_anything_moves():

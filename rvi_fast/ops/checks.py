@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,12 +39,12 @@ def check_rows(rows: Tensor, num_rows: int, name: str = "rows") -> None:
 
 
 def check_distinct_rows(rows: Tensor, num_rows: int) -> None:
-    """The rows of a step must lie in the table and not repeat; on the CPU only. Ascending ones need no sort."""
-    if rows.device.type != "cpu":
-        return check_rows(rows, num_rows)
-    ascending = rows if (rows[1:] > rows[:-1]).all() else torch.unique(rows)
-    check_rows(torch.cat((ascending[:1], ascending[-1:])), num_rows)
-    if len(ascending) < len(rows):
+    """The rows of a step must lie in the table and not repeat; looked at on the CPU only."""
+    check_rows(rows, num_rows)
+    if not values_at_hand(rows):
+        return
+    ascending = np.sort(rows.numpy())  # torch.unique takes several times as long
+    if (ascending[1:] == ascending[:-1]).any():
         raise ValueError("rows must not repeat within a step; sum the gradients of a repeated row first")
 
 

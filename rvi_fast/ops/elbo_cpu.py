@@ -1,7 +1,9 @@
 """The fused training step on a CPU: its backward by hand, products by BLAS, arrays that stay from step to step.
 
 What it computes stands in `elbo._equations`. Elementwise work is in place: an array of a batch's cells that is made
-anew costs more in page faults than the arithmetic on it.
+anew costs more in page faults than the arithmetic on it. Part of it is NumPy's: torch.sqrt takes forty times as long
+where it meets zeros, and a conversion of a random mask, or torch.where, several times as long as arithmetic on its
+bits. docs/performance.md has the times.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from .. import reference
 from ..clock import AdamClock
 from ..reference import HALF_LOG_2PI, AdamHyper
-from .likelihoods import twin_x
+from . import clock_cpu
+from .noise_cpu import philox_normal
 
 if TYPE_CHECKING:
     from .elbo import Batch, ElboModel, RowState, SharedState
@@ -41,14 +44,16 @@ class Arrays:
     def __init__(
         self, dtype: torch.dtype, batch: int, columns: int, width: int, relays: int, features: int, shared: int
     ):
-        def empty(*shape: int) -> Tensor:
+        def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
             return torch.empty(shape, dtype=dtype)
 
         self.state, self.grad = empty(batch, 3, width), empty(batch, width)
         self.root, self.moved = empty(batch, width), empty(batch, width)
-        self.weight, self.kept = empty(batch, relays), empty(batch, relays)
+        self.chosen, self.kept = empty(batch, relays, dtype=torch.bool), empty(batch, relays, dtype=torch.int8)
+        self.weight, self.by_weight = empty(batch, relays), empty(batch, relays)
         self.features = empty(batch, features)
-        self.x, self.mask, self.xhat = empty(batch, columns), empty(batch, columns), empty(batch, columns)
+        self.x, self.xhat = empty(batch, columns), empty(batch, columns)
+        self.observed = empty(batch, columns, dtype=torch.int8)  # -1, all bits set, or 0
         self.shared_grad, self.shared_root = empty(shared), empty(shared)
 
 
@@ -83,11 +88,10 @@ def step(table: RowState, batch: Batch, shared: SharedState, model: ElboModel) -
     _adam(p, m, v, a.grad, a.root, number, lr, weight_decay, clock.hyper)
     table.values.index_copy_(0, rows, a.state)
     table.last[rows] = clock.touched(last)
-    clock.advance(lr, weight_decay)
+    clock_cpu.advance(clock, lr, weight_decay)
     table.noise_step.add_(1)
     _step_shared(shared, a)
-    for at, value in zip(shared.loss[0], (nll, kl, float(len(rows))), strict=True):
-        at.fill_(value)
+    shared.loss[0] = torch.tensor((nll, kl, len(rows)), dtype=torch.float64)
     shared.loss[1] += shared.loss[0]
 
 
@@ -97,16 +101,18 @@ def _read_rows(table: RowState, rows: Tensor, last: Tensor, clock: AdamClock, a:
     if clock.index == 0:
         return
     p, m, v = a.state.unbind(1)
-    missed = clock.missed(last)
+    missed = clock_cpu.missed(clock, last)
     exact = clock.exact_entries(p, m, v, last, missed)
-    w1, e1, w2, e2, decay, decay_m, decay_v = (c.to(p.dtype)[:, None] for c in missed)
-    eps, least = clock.hyper.eps, reference.least_root(p.dtype)
-    torch.sqrt(v, out=a.root)
-    torch.add(a.root, e1 * eps, out=a.moved).clamp_min_(least)
-    a.root.add_(e2 * eps).clamp_min_(least)
+    w1, e1, w2, e2, decay, decay_m, decay_v = torch.stack(missed).to(p.dtype)[:, :, None]
+    eps, least = clock.hyper.eps, reference.least_root(p.dtype)  # which vanishes beside any root but 0
+    _sqrt(v, a.root)
+    torch.add(a.root, e1.mul_(eps).clamp_min_(least), out=a.moved)
+    a.root.add_(e2.mul_(eps).clamp_min_(least))
     torch.div(w1, a.moved, out=a.moved)
     torch.div(w2, a.root, out=a.root)
-    p.addcmul_(m, a.moved.add_(a.root), value=-1).mul_(decay)
+    p.addcmul_(m, a.moved.add_(a.root), value=-1)
+    if clock.history[clock_cpu.LOG_DECAY, clock.index]:
+        p.mul_(decay)
     m.mul_(decay_m)
     v.mul_(decay_v)
     for at, values in exact:
@@ -132,10 +138,10 @@ def _losses_and_gradients(
     relays, *layers = shared_views(shared.weights[0], shapes)
     by_relays, *by_layers = shared_views(a.shared_grad, shapes)
 
-    _select(coef, model, a.kept)
-    torch.mul(coef, a.kept, out=a.weight)
+    _select(coef, model, a)
+    _kept_bits(coef, a.kept, out=a.weight)
     mean = torch.addmm(residual, a.weight, relays)
-    noise = reference.philox_normal(table.seed, "train", table.noise_step, rows, latent_dim, dtype=coef.dtype)
+    noise = philox_normal(table.seed, "train", int(table.noise_step), rows, latent_dim, coef.dtype)
     sigma = log_std.exp()
     spread = sigma * noise
     z = mean + spread
@@ -147,24 +153,32 @@ def _losses_and_gradients(
     torch.add(by_z, mean, alpha=share, out=by_mean)
     torch.mul(by_z, spread, out=by_log_std)
     by_log_std.add_(variance.sub_(1), alpha=share)
-    torch.mul(by_mean @ relays.T, a.kept, out=by_coef)
+    torch.mm(by_mean, relays.T, out=a.by_weight)
+    _kept_bits(a.by_weight, a.kept, out=by_coef)
     torch.mm(a.weight.T, by_mean, out=by_relays)
     return nll, kl
 
 
-def _select(coef: Tensor, model: ElboModel, kept: Tensor) -> None:
-    """1 at the selected coefficients, else 0: those of at least the |B|-th absolute value, where there are no ties."""
-    magnitude, start = coef.abs().numpy(), 0
+def _select(coef: Tensor, model: ElboModel, a: Arrays) -> None:
+    """-1 in a.kept at the selected coefficients, those of at least the |B|-th absolute value; 0 elsewhere."""
+    torch.abs(coef, out=a.weight)
+    # order and comparison of numbers of one sign are those of their bits, which NumPy partitions in half the time
+    magnitude, chosen = a.weight.view(reference.INTEGERS[coef.itemsize]).numpy(), a.chosen.numpy()
+    start = 0
     for size, active in zip(model.groups, model.active, strict=True):
         span = slice(start, start + size)
-        group = magnitude[:, span]
-        threshold = np.partition(group, size - active, axis=1)[:, size - active]
-        chosen = group >= threshold[:, None]
-        if (np.count_nonzero(chosen, axis=1) == active).all():
-            kept[:, span] = torch.from_numpy(chosen)
-        else:  # ties, or NaN
-            kept[:, span] = reference.select(coef[:, span], active)
+        threshold = np.partition(magnitude[:, span], size - active, axis=1)[:, size - active]
+        np.greater_equal(magnitude[:, span], threshold[:, None], out=chosen[:, span])
         start += size
+    if np.count_nonzero(chosen) > len(coef) * sum(model.active):  # ties
+        a.chosen.copy_(reference.selected(coef, model.groups, model.active))
+    torch.neg(a.chosen.view(torch.int8), out=a.kept)
+
+
+def _kept_bits(x: Tensor, kept: Tensor, out: Tensor) -> None:
+    """x where `kept` is -1, 0 where it is 0, whatever x is there: NumPy widens `kept` with its sign, in its buffers."""
+    bits = reference.INTEGERS[x.itemsize]
+    np.bitwise_and(x.view(bits).numpy(), kept.numpy(), out=out.view(bits).numpy())
 
 
 def _decode(
@@ -201,39 +215,62 @@ def _decode(
     return nll, grad if by_linear is None else grad + by_linear
 
 
+def _read_cells(batch: Batch, rows: Tensor, a: Arrays) -> tuple[Tensor, np.ndarray]:
+    """x [B, D] of the model's dtype, anything in its holes, and which are observed; these in a.observed, too."""
+    x, mask = batch.x, batch.mask
+    if batch.gathered:
+        x, mask = x[: len(rows)], None if mask is None else mask[: len(rows)]
+    else:
+        x = torch.index_select(x, 0, rows, out=a.x) if x.dtype == a.x.dtype else x[rows]
+        mask = None if mask is None else mask[rows]
+    if mask is None:
+        observed = np.equal(x.numpy(), x.numpy()) if x.dtype != torch.bfloat16 else (~x.isnan()).numpy()  # no NaN
+    elif mask.dtype == torch.uint8:
+        observed = np.unpackbits(mask.numpy(), axis=1, count=x.shape[1], bitorder="little").view(bool)
+    else:
+        observed = mask.numpy()
+    np.negative(observed.view(np.int8), out=a.observed.numpy())
+    if x.dtype != a.x.dtype or batch.x_scale != 1:
+        x = a.x.copy_(x) if batch.x_scale == 1 else a.x.copy_(x).mul_(batch.x_scale)
+    return x, observed
+
+
 def _loss(
     batch: Batch, rows: Tensor, model: ElboModel, layers: list[Tensor], by_layers: list[Tensor], a: Arrays
 ) -> float:
     """The sum of nll; the gradient of its mean over rows replaces a.xhat."""
-    at = slice(len(rows)) if batch.gathered else rows
-    x, mask = twin_x(batch.x[at], None if batch.mask is None else batch.mask[at], batch.x_scale, a.x.dtype)
-    bits = reference.INTEGERS[x.itemsize]
-    torch.bitwise_and(x.contiguous().view(bits), mask.to(bits).neg_(), out=a.x.view(bits))  # 0 in holes, all else kept
-    a.mask.copy_(mask)
+    x, observed = _read_cells(batch, rows, a)
     share = 1 / len(rows)
     if model.likelihood == "bernoulli":
-        nll = _dot(torch.nn.functional.softplus(a.xhat).addcmul_(a.xhat, a.x, value=-1), a.mask)
-        a.xhat.sigmoid_().sub_(a.x).mul_(a.mask).mul_(share)
-        return nll
-    r = a.xhat.sub_(a.x).mul_(a.mask)
+        nll = torch.nn.functional.softplus(a.xhat).addcmul_(a.xhat, x, value=-1)
+        _kept_bits(nll, a.observed, out=nll)
+        r = a.xhat.sigmoid_().sub_(x)
+        _kept_bits(r, a.observed, out=r)
+        r.mul_(share)
+        return float(nll.sum(1).double().sum())
+    r = a.xhat.sub_(x)
+    _kept_bits(r, a.observed, out=r)
     if not model.learned:
-        r.mul_(1 / model.scale)
-        nll = 0.5 * _dot(r, r) + int(torch.count_nonzero(mask)) * (math.log(model.scale) + HALF_LOG_2PI)
-        r.mul_(share / model.scale)
-        return nll
+        nll = 0.5 / model.scale**2 * _sum_of_squares(r)
+        r.mul_(share / model.scale**2)
+        return nll + int(np.count_nonzero(observed)) * (math.log(model.scale) + HALF_LOG_2PI)
     exponent = torch.exp(2 * layers[-1])
     scale = torch.sqrt(model.scale**2 + exponent)
     r.div_(scale)
-    squares = torch.einsum("bd,bd->d", r, r)
-    count = a.mask.sum(0)
+    squares = torch.square(r, out=a.x).sum(0)
+    count = torch.from_numpy(np.add.reduce(observed.view(np.int8), axis=0, dtype=np.int32)).to(r.dtype)
     torch.mul((count - squares) / scale, exponent / scale * share, out=by_layers[-1])
     r.mul_(share / scale)
     return 0.5 * float(squares.double().sum()) + float(torch.dot(count.double(), (scale.log() + HALF_LOG_2PI).double()))
 
 
-def _dot(a: Tensor, b: Tensor) -> float:
-    """The sum of a b, [B, D] each, whose rows are added up in float64: one float32 sum would lose the last digits."""
-    return float(torch.linalg.vecdot(a, b).double().sum())
+def _sum_of_squares(a: Tensor) -> float:
+    """Of [B, D], whose rows are added up in float64: one float32 sum would lose the last digits."""
+    return float(np.vecdot(a.numpy(), a.numpy()).sum(dtype=np.float64))
+
+
+def _sqrt(v: Tensor, out: Tensor) -> None:
+    np.sqrt(v.numpy(), out=out.numpy())
 
 
 def _adam(
@@ -248,10 +285,11 @@ def _adam(
     hyper: AdamHyper,
 ) -> None:
     """reference.adamw_step, in place; grad and root are used up."""
-    bc1, bc2 = (float(c) for c in hyper.bias_corrections(number))
+    bc1, bc2 = hyper.bias_corrections_at(number)
     m.lerp_(grad, 1 - hyper.beta1)
     v.lerp_(grad.square_(), 1 - hyper.beta2)
-    torch.sqrt(v, out=root).mul_(1 / math.sqrt(bc2)).add_(hyper.eps)
+    _sqrt(v, root)
+    root.mul_(1 / math.sqrt(bc2)).add_(hyper.eps)
     if weight_decay:
         p.mul_(1 - lr * weight_decay)
     p.addcdiv_(m, root, value=-lr / bc1)
@@ -261,7 +299,7 @@ def _step_shared(shared: SharedState, a: Arrays) -> None:
     shared.steps.add_(1)
     beta1, beta2, _, _, eps = shared.constants.tolist()
     hyper, number = AdamHyper(beta1, beta2, eps), int(shared.steps[0])
-    spans = slice(shared.second), slice(shared.second, None)
-    for span, (lr, weight_decay) in zip(spans, shared.rates.tolist(), strict=True):
+    spans = [slice(shared.second), *([slice(shared.second, None)] if shared.second < len(a.shared_grad) else [])]
+    for span, (lr, weight_decay) in zip(spans, shared.rates.tolist(), strict=False):
         p, m, v = shared.weights[:, span]
         _adam(p, m, v, a.shared_grad[span], a.shared_root[span], number, lr, weight_decay, hyper)

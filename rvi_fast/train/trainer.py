@@ -1,9 +1,8 @@
-"""The training loop: keyed permutations, batches, steps, schedules, early stopping, interruption."""
+"""Trainer: the training loop."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 import signal
 import threading
@@ -16,95 +15,47 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from . import reference
-from .model import LatentModel
-from .observations import ColumnUnits, HiddenCells, Observations
-from .optim import RowAdam
-from .row_store import RowParameter
+from ..model import LatentModel, RowModel
+from ..observations import ColumnUnits, HiddenCells, Observations
+from ..optim import RowAdam
+from ..row_store import RowParameter
+from .cells import Cells, Source
+from .plan import SCHEDULES, Plan, Progress
+from .steps import CapturedStep, FusedStep, SeparateStep, fusable
 
 BAR_DELAY_S = 2.0  # work shorter than this shows no bar
 NUMBERS_FOR_THREADS = 1 << 18  # a batch with fewer numbers (its cells and its rows' parameters) trains on one thread
-VALIDATION_ROWS = 4096  # early stopping looks at hidden cells of at most this many rows
+STEPS_UNSEEN = 256  # a GPU is asked this often whether its loss is still finite
 
-SCHEDULES: dict[str, Callable[[float], float]] = {
-    "constant": lambda progress: 1.0,
-    "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
-}
-
-
-@dataclasses.dataclass
-class Plan:
-    """How long, how fast and in what order to train."""
-
-    batch_size: int
-    epochs: int
-    max_steps: int | None
-    schedule: str
-    seed: int
-    device: torch.device
-    patience: int
-    buffer: tuple[int, int] | None = None  # rows a block, blocks shuffled together; None: all rows
-
-    def total_steps(self, num_rows: int) -> int:
-        steps = self.epochs * self.steps_per_epoch(num_rows)
-        return steps if self.max_steps is None else min(steps, self.max_steps)
-
-    def steps_per_epoch(self, num_rows: int) -> int:
-        return -(-num_rows // self.batch_size)
-
-    def order(self, epoch: int, num_rows: int) -> np.ndarray:
-        """The rows of an epoch: a permutation keyed by (seed, epoch), block by block where the data are read so."""
-        if self.buffer is None:
-            return reference.permutation(self.seed, epoch, num_rows).numpy()
-        return reference.block_permutation(self.seed, epoch, num_rows, *self.buffer).numpy()
-
-    def validation_rows(self, num_rows: int) -> np.ndarray:
-        """At most VALIDATION_ROWS rows, spread evenly; as pieces of one buffer's blocks where the data are read so."""
-        if self.buffer is None:
-            return np.unique(np.linspace(0, num_rows - 1, min(num_rows, VALIDATION_ROWS)).astype(np.int64))
-        block_rows, blocks = self.buffer
-        starts = np.linspace(0, num_rows - 1, min(blocks, VALIDATION_ROWS)).astype(np.int64) // block_rows * block_rows
-        rows = starts[:, None] + np.arange(min(block_rows, max(1, VALIDATION_ROWS // blocks)))
-        return np.unique(rows[rows < num_rows])
-
-
-@dataclasses.dataclass
-class Progress:
-    """How far a training run has come; `history` has one entry an epoch."""
-
-    step: int = 0
-    history: dict[str, list[float]] = dataclasses.field(default_factory=dict)
-    sums: list[float] = dataclasses.field(default_factory=lambda: [0.0, 0.0, 0.0])  # nll, kl, rows of this epoch
-    stopped: str = "running"  # then "completed", "early", "callback", "interrupted" or "failed"
+Step = SeparateStep | FusedStep | CapturedStep
 
 
 class Trainer:
-    """Trains a model on the observed cells. `progress` can be saved and given back, to go on from there."""
+    """Trains a model on the observed cells. `progress` can be saved and given back, to go on from there.
+
+    data: X, or the Observations of it. units: what turns X's columns into the model's; None if they are the model's.
+    """
 
     def __init__(
         self,
         model: LatentModel,
         optimizer: RowAdam,
-        data: Observations,
-        units: ColumnUnits,
-        plan: Plan,
+        data: Any,
+        units: ColumnUnits | None = None,
+        plan: Plan | None = None,
         hidden: HiddenCells | None = None,
     ):
-        self.model, self.optimizer, self.data, self.units = model, optimizer, data, units
-        self.plan, self.hidden = plan, hidden
+        data = data if isinstance(data, Observations) else Observations(data)
+        self.model, self.optimizer, self.data = model, optimizer, data
+        self.units = ColumnUnits.identity(data.num_columns) if units is None else units
+        self.plan, self.hidden = plan or Plan(), hidden
+        self.source = Source(data, self.units, hidden, self.plan.device)
         self.progress = Progress()
         self.base_lr = [group["lr"] for group in optimizer.param_groups]
         self.best: tuple[float, int, dict[str, Tensor]] | None = None
-        self.total = plan.total_steps(len(data))
-
-    def batch(self, rows: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
-        """rows, x [B, D] in the model's units and the mask of cells to train on, on the device."""
-        values, observed = self.data.read(rows)
-        if self.hidden is not None:
-            observed = observed & ~self.hidden.read(rows)
-        x, mask = self.units.to_model(values, observed)
-        device = self.plan.device
-        return torch.from_numpy(rows).to(device), x.to(device), mask.to(device)
+        self.total = self.plan.total_steps(len(data))
+        self.resident: Cells | None = None
+        self._step: Step | None = None
 
     def batches(self) -> Iterator[np.ndarray]:
         """The rows of each step that is still to come."""
@@ -117,13 +68,19 @@ class Trainer:
                 order, order_epoch = self.plan.order(epoch, n), epoch
             yield order[position * size : (position + 1) * size]
 
+    def cells(self) -> Iterator[tuple[np.ndarray, Cells]]:
+        """The same, with where their cells are."""
+        if self.resident is not None:
+            return ((rows, self.resident) for rows in self.batches())
+        return self.source.ahead(self.batches())
+
     def run(
         self,
-        after_epoch: Callable[[dict[str, float]], bool],
-        after_step: Callable[[int], None],
-        show_progress: bool,
+        after_epoch: Callable[[dict[str, float]], bool] = lambda logs: False,
+        after_step: Callable[[int], None] = lambda step: None,
+        show_progress: bool = True,
     ) -> None:
-        """Train to the end of the plan, or until interrupted or told to stop."""
+        """Train to the end of the plan, or until interrupted or told to stop (a true after_epoch(logs))."""
         progress, per_epoch = self.progress, self.plan.steps_per_epoch(len(self.data))
         if progress.stopped == "early":
             return
@@ -140,9 +97,12 @@ class Trainer:
         started = time.perf_counter() - before
         self.model.train()
         try:
-            with bar, self.threads(), torch.enable_grad(), _interrupt_flag() as interrupted:
-                for rows in self.batches():
-                    self.step(rows)
+            with (
+                bar, self.threads(), torch.enable_grad(), _interrupt_flag() as interrupted,
+                self.ready(), contextlib.closing(self.cells()) as cells,
+            ):  # fmt: skip
+                for rows, where in cells:
+                    self.step(rows, where)
                     bar.update()
                     if progress.step % per_epoch == 0 or progress.step == self.total:
                         logs = self.close_epoch(time.perf_counter() - started)
@@ -151,6 +111,7 @@ class Trainer:
                             progress.stopped = "early"
                         if after_epoch(logs) and progress.stopped == "running":
                             progress.stopped = "callback"
+                        self.check_step()
                     after_step(progress.step)
                     if interrupted.is_set() and progress.stopped == "running":
                         progress.stopped = "interrupted"
@@ -161,6 +122,51 @@ class Trainer:
         finally:
             self.optimizer.zero_grad()
             self.model.eval()
+
+    @contextlib.contextmanager
+    def ready(self) -> Iterator[None]:
+        """The step and its cells, for a run; afterwards parameters have memory of their own."""
+        fused = fusable(self.model, self.optimizer)
+        if fused or self.plan.device.type != "cpu":
+            self.resident = self.source.resident()
+        try:
+            yield
+        finally:
+            self._drop_step()
+            self.resident = None
+
+    def taken_by(self) -> Step:
+        """How steps are taken: as a graph where there is one for the model and the cells lie on a GPU, else fused, else
+        in parts."""
+        if self._step is None:
+            self._step = self._make_step()
+            self._step.sums.copy_(torch.tensor(self.progress.sums, dtype=torch.float64))
+        return self._step
+
+    def check_step(self) -> None:
+        """Take steps anew where a callback froze, thawed or replaced what they need."""
+        step = self._step
+        if isinstance(step, SeparateStep):
+            stale = fusable(self.model, self.optimizer)
+        else:
+            stale = step is not None and not step.elbo_step.valid()
+        if stale:
+            self._drop_step()
+
+    def _make_step(self) -> Step:
+        if not fusable(self.model, self.optimizer):
+            return SeparateStep(self.model, self.optimizer, self.plan.device)
+        assert isinstance(self.model, RowModel)
+        if self.plan.device.type == "cuda" and self.resident is not None:
+            return CapturedStep(self.model, self.optimizer, self.resident, self.plan.batch_size)
+        return FusedStep(self.model, self.optimizer)
+
+    def _drop_step(self) -> None:
+        if self._step is not None:
+            self.progress.sums = self._step.sums.tolist()
+            if not isinstance(self._step, SeparateStep):
+                self._step.elbo_step.release()
+            self._step = None
 
     def empty_rows(self) -> Tensor:
         """Training rows with nothing observed, int64."""
@@ -181,23 +187,26 @@ class Trainer:
         finally:
             torch.set_num_threads(threads)
 
-    def step(self, rows: np.ndarray) -> None:
-        """One optimisation step on the mean loss of these rows."""
+    def step(self, rows: np.ndarray, cells: Cells | None = None) -> None:
+        """One optimisation step on the mean loss of these rows, whose cells are read where they are not given."""
         self.set_lr()
-        index, x, mask = self.batch(rows)
-        self.optimizer.zero_grad()
-        nll, kl = self.model(index, x, mask)
-        nll_sum, kl_sum = torch.stack((nll.detach().sum(), kl.detach().sum())).tolist()
-        if not math.isfinite(nll_sum + kl_sum):
+        step, progress = self.taken_by(), self.progress
+        index = torch.from_numpy(rows).to(self.plan.device, non_blocking=True)
+        step(index, self.source.batch(rows) if cells is None else cells)
+        progress.step += 1
+        if self.plan.device.type == "cpu" or progress.step % STEPS_UNSEEN == 0:
+            self.collect()
+
+    def collect(self) -> None:
+        """Read this epoch's sums back; raises where they are not finite."""
+        if self._step is None:
+            return
+        self.progress.sums = self._step.sums.tolist()
+        if not math.isfinite(sum(self.progress.sums)):
             rates = ", ".join(f"{lr:g}" for lr in self.base_lr)
             raise FloatingPointError(
                 f"training diverged at step {self.progress.step}; lower lr or row_lr (now {rates})"
             )
-        self.model.row_loss(nll, kl).mean().backward()
-        self.optimizer.step()
-        progress = self.progress
-        progress.sums = [total + new for total, new in zip(progress.sums, (nll_sum, kl_sum, len(rows)), strict=True)]
-        progress.step += 1
 
     def set_lr(self) -> None:
         factor = SCHEDULES[self.plan.schedule](self.progress.step / self.total)
@@ -206,6 +215,7 @@ class Trainer:
 
     def close_epoch(self, seconds: float) -> dict[str, float]:
         """Add this epoch's entry to the history."""
+        self.collect()
         progress = self.progress
         nll, kl, rows = progress.sums
         logs = {
@@ -220,6 +230,8 @@ class Trainer:
         for name, value in logs.items():
             progress.history.setdefault(name, []).append(value)
         progress.sums = [0.0, 0.0, 0.0]
+        if self._step is not None:
+            self._step.sums.zero_()
         return logs
 
     @torch.no_grad()
@@ -231,10 +243,10 @@ class Trainer:
         total, count = 0.0, 0
         for start in range(0, len(rows), 1024):
             part = rows[start : start + 1024]
-            index, x, mask = self.batch(part)
+            x, mask, *_ = self.source.batch(part)
             truth, target = self.units.to_model(*self.data.read(part))
             target &= torch.from_numpy(self.hidden.read(part))
-            z, _ = self.model.sample(index, x, mask)
+            z, _ = self.model.sample(torch.from_numpy(part).to(x.device), x, mask)
             error = (self.model.likelihood.mean(self.model.decoder(z)).cpu() - truth)[target]
             total, count = total + float(error.square().sum()), count + error.numel()
         self.model.train()

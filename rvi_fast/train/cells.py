@@ -1,0 +1,144 @@
+"""Where a step finds the cells of its rows: all of them in memory beside the model, or read batch by batch."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..observations import ColumnUnits, HiddenCells, Observations
+
+AHEAD = 2  # batches read ahead of a GPU
+SHARE_OF_DEVICE = 0.5  # of a GPU's free memory that cells may take
+
+
+class Cells(NamedTuple):
+    """x [B, D] of a batch, or x [N, D] of all rows, in the model's units after multiplication by x_scale."""
+
+    x: Tensor
+    mask: Tensor | None  # bool, or its bits, the lowest first; None: NaN in x is missing
+    x_scale: float
+    gathered: bool
+
+    def at(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """float32 x [B, D], 0 or anything finite in its holes, and mask bool [B, D]."""
+        if self.gathered:
+            assert self.mask is not None
+            return self.x, self.mask
+        x = self.x[rows]
+        if self.mask is not None:
+            bit = torch.arange(8, dtype=torch.uint8, device=x.device)
+            mask = (self.mask[rows][:, :, None] >> bit & 1).bool().flatten(1)[:, : x.shape[1]]
+        else:
+            mask = ~x.isnan()
+        return (x.float() * self.x_scale).nan_to_num(0.0), mask
+
+
+class Source:
+    """Reads the observed cells to train on, in the model's units."""
+
+    def __init__(self, data: Observations, units: ColumnUnits, hidden: HiddenCells | None, device: torch.device):
+        self.data, self.units, self.hidden, self.device = data, units, hidden, device
+
+    def read(self, rows: np.ndarray | slice) -> tuple[Tensor, Tensor]:
+        """x float32 [B, D], 0 in holes, and mask bool [B, D], on the CPU."""
+        values, observed = self.data.read(rows)
+        if self.hidden is not None:
+            observed = observed & ~self.hidden.read(rows)
+        return self.units.to_model(values, observed)
+
+    def batch(self, rows: np.ndarray) -> Cells:
+        """The cells of some rows, on the device."""
+        return self._to_device(self._read_pinned(rows))
+
+    def ahead(self, batches: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, Cells]]:
+        """Every batch's rows and cells; a GPU's are read by another thread while it works on those before."""
+        if self.device.type == "cpu":
+            for rows in batches:
+                yield rows, self.batch(rows)
+            return
+        with ThreadPoolExecutor(1, "rvi_fast-reader") as reader:
+            waiting: deque[tuple[np.ndarray, Future]] = deque()
+            try:
+                for rows in batches:
+                    waiting.append((rows, reader.submit(self._read_pinned, rows)))
+                    if len(waiting) > AHEAD:
+                        yield self._arrived(*waiting.popleft())
+                while waiting:
+                    yield self._arrived(*waiting.popleft())
+            finally:
+                for _, future in waiting:
+                    future.cancel()
+
+    def _arrived(self, rows: np.ndarray, future: Future) -> tuple[np.ndarray, Cells]:
+        return rows, self._to_device(future.result())
+
+    def _read_pinned(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        x, mask = self.read(rows)
+        return (x.pin_memory(), mask.pin_memory()) if self.device.type == "cuda" else (x, mask)
+
+    def _to_device(self, cells: tuple[Tensor, Tensor]) -> Cells:
+        x, mask = (t.to(self.device, non_blocking=True) for t in cells)
+        return Cells(x, mask, 1.0, gathered=True)
+
+    def resident(self) -> Cells | None:
+        """All cells beside the model: the user's own memory on a CPU, a copy on a GPU that has room; else None."""
+        if self.device.type == "cpu":
+            return self._in_place()
+        free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else 0
+        n, d = len(self.data), self.data.num_columns
+        as_bytes = self._scale_alone() is not None and self.data.values.dtype == np.uint8
+        if n * (d + -(-d // 8) if as_bytes else 4 * d) > SHARE_OF_DEVICE * free:
+            return None
+        return self._copy_of_bytes() if as_bytes else self._copy_of_numbers()
+
+    def _scale_alone(self) -> float | None:
+        """What turns the user's units into the model's, where one factor does."""
+        factor = 1 / self.units.scale[0]
+        plain = not self.units.shift.any() and (self.units.scale == self.units.scale[0]).all()
+        return float(factor) if plain else None
+
+    def _in_place(self) -> Cells | None:
+        values, mask, factor = self.data.values, self.data.mask, self._scale_alone()
+        known = isinstance(values, np.ndarray) and values.dtype in (np.float32, np.uint8) and factor is not None
+        if not known or self.hidden is not None or not _as_torch_has_it(values):
+            return None
+        if mask is not None and not (isinstance(mask, np.ndarray) and _as_torch_has_it(mask)):
+            return None
+        assert factor is not None
+        observed = None if mask is None else torch.from_numpy(mask)
+        if mask is None and values.dtype == np.uint8:
+            observed = torch.ones((), dtype=torch.bool).expand(values.shape)
+        return Cells(torch.from_numpy(values), observed, factor, gathered=False)
+
+    def _copy_of_bytes(self) -> Cells:
+        n, d = len(self.data), self.data.num_columns
+        x = torch.empty(n, d, dtype=torch.uint8, device=self.device)
+        bits = torch.empty(n, -(-d // 8), dtype=torch.uint8, device=self.device)
+        for block in self.data.blocks():
+            values, observed = self.data.read(block)
+            if self.hidden is not None:
+                observed = observed & ~self.hidden.read(block)
+            x[block] = torch.from_numpy(values).to(self.device)
+            bits[block] = torch.from_numpy(np.packbits(observed, axis=1, bitorder="little")).to(self.device)
+        factor = self._scale_alone()
+        assert factor is not None
+        return Cells(x, bits, factor, gathered=False)
+
+    def _copy_of_numbers(self) -> Cells:
+        x = torch.empty(len(self.data), self.data.num_columns, device=self.device)
+        for block in self.data.blocks():
+            part, mask = self.read(block)
+            part[~mask] = torch.nan
+            x[block] = part.to(self.device)
+        return Cells(x, None, 1.0, gathered=False)
+
+
+def _as_torch_has_it(array: np.ndarray) -> bool:
+    """Whether torch can share the memory: writable, in the machine's byte order, with no axis turned round."""
+    return array.flags.writeable and array.dtype.isnative and all(stride >= 0 for stride in array.strides)
