@@ -38,7 +38,7 @@ def curves(X: np.ndarray, steps: int, **settings: Any) -> dict[str, list[float]]
     batches = trainer.batches()
     for _ in range(steps):
         rows = next(batches)
-        index, x, mask = trainer.batch(rows)
+        index, (x, mask) = torch.from_numpy(rows), trainer.source.read(rows)
         noise = model.posterior.noise(index, "train", model.posterior.step)
         for name, peer in peers.items():
             losses[name].append(_peer_step(peer, adams[name], index, x, mask, noise))

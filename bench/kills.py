@@ -76,13 +76,13 @@ def fit(folder: Path, steps: Any = None, stop_at: int | None = None, die_at: int
     """Go on with the fit in folder. steps: shared, counts its steps. die_at: at which use of the folder to die."""
     step = Trainer.step
 
-    def counted(self: Trainer, rows: np.ndarray) -> None:
-        step(self, rows)
+    def counted(self: Trainer, *batch: Any) -> None:
+        step(self, *batch)
         steps.value = self.progress.step
 
     tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a killed process would leave behind
     if steps is not None:
-        Trainer.step = counted  # type: ignore[method-assign]
+        Trainer.step = counted  # type: ignore[assignment, method-assign]
     if die_at is not None:
         die_in(folder, die_at)
     stop = [lambda model, logs: logs["step"] == stop_at]

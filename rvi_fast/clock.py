@@ -29,13 +29,14 @@ class Clock(Protocol):
     hyper: AdamHyper
     steps: int
     index: int
-    closed_form: bool  # the kernels' CLOSED_FORM
     by_row: bool  # whether `last` counts a row's own steps
     history: Tensor
     counters: Tensor
     constants: Tensor
     rates: Tensor
 
+    @property
+    def closed_form(self) -> bool: ...  # the kernels' CLOSED_FORM
     def next_step(self, last: Tensor) -> int | Tensor: ...
     def touched(self, last: Tensor) -> int | Tensor: ...
     def advance(self, lr: float | Tensor, weight_decay: float | Tensor = 0.0) -> None: ...

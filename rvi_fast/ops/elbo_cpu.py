@@ -242,12 +242,12 @@ def _loss(
     x, observed = _read_cells(batch, rows, a)
     share = 1 / len(rows)
     if model.likelihood == "bernoulli":
-        nll = torch.nn.functional.softplus(a.xhat).addcmul_(a.xhat, x, value=-1)
-        _kept_bits(nll, a.observed, out=nll)
+        cross_entropy = torch.nn.functional.softplus(a.xhat).addcmul_(a.xhat, x, value=-1)
+        _kept_bits(cross_entropy, a.observed, out=cross_entropy)
         r = a.xhat.sigmoid_().sub_(x)
         _kept_bits(r, a.observed, out=r)
         r.mul_(share)
-        return float(nll.sum(1).double().sum())
+        return float(cross_entropy.sum(1).double().sum())
     r = a.xhat.sub_(x)
     _kept_bits(r, a.observed, out=r)
     if not model.learned:

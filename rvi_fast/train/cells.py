@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..blocks import BlockReader
 from ..observations import ColumnUnits, HiddenCells, Observations
 
 AHEAD = 2  # batches read ahead of a GPU
@@ -105,12 +106,12 @@ class Source:
 
     def _in_place(self) -> Cells | None:
         values, mask, factor = self.data.values, self.data.mask, self._scale_alone()
-        known = isinstance(values, np.ndarray) and values.dtype in (np.float32, np.uint8) and factor is not None
-        if not known or self.hidden is not None or not _as_torch_has_it(values):
+        if self.hidden is not None or factor is None or values.dtype not in (np.float32, np.uint8):
             return None
-        if mask is not None and not (isinstance(mask, np.ndarray) and _as_torch_has_it(mask)):
+        if not isinstance(values, np.ndarray) or isinstance(mask, BlockReader):
             return None
-        assert factor is not None
+        if not all(_as_torch_has_it(array) for array in (values, mask) if array is not None):
+            return None
         observed = None if mask is None else torch.from_numpy(mask)
         if mask is None and values.dtype == np.uint8:
             observed = torch.ones((), dtype=torch.bool).expand(values.shape)

@@ -7,7 +7,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import numpy as np
@@ -68,11 +68,13 @@ class Trainer:
                 order, order_epoch = self.plan.order(epoch, n), epoch
             yield order[position * size : (position + 1) * size]
 
-    def cells(self) -> Iterator[tuple[np.ndarray, Cells]]:
+    def cells(self) -> Generator[tuple[np.ndarray, Cells]]:
         """The same, with where their cells are."""
-        if self.resident is not None:
-            return ((rows, self.resident) for rows in self.batches())
-        return self.source.ahead(self.batches())
+        if self.resident is None:
+            yield from self.source.ahead(self.batches())
+            return
+        for rows in self.batches():
+            yield rows, self.resident
 
     def run(
         self,
@@ -243,10 +245,11 @@ class Trainer:
         total, count = 0.0, 0
         for start in range(0, len(rows), 1024):
             part = rows[start : start + 1024]
-            x, mask, *_ = self.source.batch(part)
+            index = torch.from_numpy(part).to(self.plan.device)
+            x, mask = self.source.batch(part).at(index)
             truth, target = self.units.to_model(*self.data.read(part))
             target &= torch.from_numpy(self.hidden.read(part))
-            z, _ = self.model.sample(torch.from_numpy(part).to(x.device), x, mask)
+            z, _ = self.model.sample(index, x, mask)
             error = (self.model.likelihood.mean(self.model.decoder(z)).cpu() - truth)[target]
             total, count = total + float(error.square().sum()), count + error.numel()
         self.model.train()
