@@ -388,6 +388,5 @@ def elbo_step(b: int, precision: str, compiler: str) -> Workload:
             "dense Adam(fused)": steps.DenseAdamStep(sizes, data, None),
             "dense Adam(fused), torch.compile": steps.DenseAdamStep(sizes, data, compiler),
         },
-        bytes=b * (2 * 3 * PAPER.width * FLOAT + PIXELS * (FLOAT + 1) + 8 + 2 * 4) + 2 * 3 * FLOAT * sizes.shared,
-        flops=6 * b * (sizes.shared - PIXELS - 2 * HIDDEN), compiled=False, precision=precision,
+        bytes=sizes.step_bytes(b, FLOAT), flops=sizes.step_flops(b), compiled=False, precision=precision,
     )  # fmt: skip

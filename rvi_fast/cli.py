@@ -59,7 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return arguments.run(arguments)
     except KeyboardInterrupt:
-        kept = "the runs that ended are kept" if arguments.command == "paper" else "nothing was written"
+        in_parts = arguments.command in ("paper", "bench")
+        kept = "the runs that ended are kept" if in_parts else "nothing was written"
         print(f"rvi-fast {arguments.command}: interrupted; {kept}", file=sys.stderr)
         return 130
     except (ValueError, TypeError, OSError, ImportError, ArithmeticError, RuntimeError, MemoryError) as error:
@@ -129,6 +130,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     paper.add_argument("--workers", type=_at_least(1), metavar="N", help="runs at once (default: one a core)")
     paper.set_defaults(run=_paper)
+
+    from .bench.main import add_options
+
+    add_options(commands.add_parser("bench", help="time a training step against other implementations"))
 
     info = commands.add_parser("info", help="versions, backend and devices")
     info.set_defaults(run=_info)

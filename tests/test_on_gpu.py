@@ -32,7 +32,8 @@ def dry_run(tmp_path_factory):
 
 def test_a_dry_run_writes_all_files(dry_run):
     out, printed = dry_run
-    assert {path.name for path in out.iterdir()} == {"environment.json", "tests.csv", "operators.csv", "log.txt"}
+    operator_files = ("environment.json", "tests.csv", "operators.csv", "log.txt")
+    assert {path.name for path in out.iterdir()} == {*operator_files, "steps.csv"}
     assert json.loads((out / "environment.json").read_text())["copy_gb_per_s"] > 0
     assert set(rows(out / "tests.csv")[0]) == set(gpu_tests.Verdict._fields)
     lines = rows(out / "operators.csv")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from rvi_fast.model import RowModel
 from rvi_fast.nn import RelayPosterior
@@ -24,17 +26,23 @@ class EagerRVI(nn.Module):
         groups: Sequence[int],
         active: Sequence[int],
         scale: float,
+        *,
+        sparse: bool = False,
     ):
         super().__init__()
         self.groups, self.active, self.scale = list(groups), list(active), scale
         self.relays = nn.Parameter(torch.empty(sum(groups), latent_dim))
-        self.coef = nn.Embedding(num_rows, sum(groups))
-        self.residual = nn.Embedding(num_rows, latent_dim)
-        self.log_std = nn.Embedding(num_rows, latent_dim)
-        layers: list[nn.Module] = []
-        for n_in, n_out in zip((latent_dim, *hidden[:-1]), hidden, strict=True):
-            layers += [nn.Linear(n_in, n_out), nn.ReLU()]
-        self.decoder = nn.Sequential(*layers, nn.Linear(hidden[-1], dim))
+        self.coef = nn.Embedding(num_rows, sum(groups), sparse=sparse)
+        self.residual = nn.Embedding(num_rows, latent_dim, sparse=sparse)
+        self.log_std = nn.Embedding(num_rows, latent_dim, sparse=sparse)
+        self.decoder = mlp((latent_dim, *hidden, dim))
+
+    @property
+    def embeddings(self) -> tuple[nn.Embedding, nn.Embedding, nn.Embedding]:
+        return self.coef, self.residual, self.log_std
+
+    def shared_parameters(self) -> list[nn.Parameter]:
+        return [self.relays, *self.decoder.parameters()]
 
     @classmethod
     def copy_of(cls, model: RowModel, dim: int, hidden: Sequence[int], scale: float) -> EagerRVI:
@@ -58,8 +66,28 @@ class EagerRVI(nn.Module):
             top = coef.abs().topk(active, dim=1).indices
             mean = mean + torch.einsum("bk,bkt->bt", coef.gather(1, top), self.relays[first + top])
             first += coef.shape[1]
-        log_std = self.log_std(rows)
-        xhat = self.decoder(mean + log_std.exp() * noise)
-        nll = 0.5 * ((x - xhat) / self.scale) ** 2 + math.log(self.scale) + 0.5 * math.log(2 * math.pi)
-        kl = 0.5 * (mean**2 + (2 * log_std).exp() - 1) - log_std
-        return ((nll * mask).sum(1) + kl.sum(1)).mean()
+        return negative_elbo(self.decoder, mean, self.log_std(rows), x, mask, noise, self.scale)
+
+
+def mlp(widths: Sequence[int]) -> nn.Sequential:
+    """Linear layers with ReLU between them."""
+    layers: list[nn.Module] = []
+    for n_in, n_out in itertools.pairwise(widths):
+        layers += [nn.Linear(n_in, n_out), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def negative_elbo(
+    decoder: nn.Module, mean: Tensor, log_std: Tensor, x: Tensor, mask: Tensor, noise: Tensor, scale: float
+) -> Tensor:
+    """Mean over rows of the negative ELBO of q = N(mean, exp(log_std)^2), at z = mean + exp(log_std) noise."""
+    nll = masked_nll(decoder(mean + log_std.exp() * noise), x, mask, scale)
+    kl = 0.5 * (mean**2 + (2 * log_std).exp() - 1) - log_std
+    return (nll + kl.sum()) / len(x)
+
+
+def masked_nll(xhat: Tensor, x: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """Sum over observed entries of -log N(x; xhat, scale^2), in as few passes as torch has for it."""
+    seen = mask.to(x.dtype)
+    squares = F.mse_loss(xhat * seen, x * seen, reduction="sum")
+    return squares / (2 * scale**2) + seen.sum() * (math.log(scale) + 0.5 * math.log(2 * math.pi))

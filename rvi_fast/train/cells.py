@@ -45,6 +45,7 @@ class Source:
 
     def __init__(self, data: Observations, units: ColumnUnits, hidden: HiddenCells | None, device: torch.device):
         self.data, self.units, self.hidden, self.device = data, units, hidden, device
+        self.reads_ahead = device.type != "cpu"  # there a second thread would take what the step needs
 
     def read(self, rows: np.ndarray | slice) -> tuple[Tensor, Tensor]:
         """x float32 [B, D], 0 in holes, and mask bool [B, D], on the CPU."""
@@ -59,7 +60,7 @@ class Source:
 
     def ahead(self, batches: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, Cells]]:
         """Every batch's rows and cells; a GPU's are read by another thread while it works on those before."""
-        if self.device.type == "cpu":
+        if not self.reads_ahead:
             for rows in batches:
                 yield rows, self.batch(rows)
             return
