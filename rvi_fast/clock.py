@@ -259,14 +259,14 @@ class AdamClock(_OnDevice):
 
     def _summed(self, m: Tensor, v: Tensor, last: Tensor, missed: Missed) -> Tensor | None:
         """Entries for which two nodes are not exact enough, bool [B, C]; None if there are none."""
-        behind = last < self.index
         if not self.closed_form:
-            return behind[:, None] & (m != 0)
+            return (last < self.index)[:, None] & (m != 0)
+        limit = self.index
         if self.hyper.beta1 <= 0.9 and self.hyper.beta2 >= 0.999:
-            behind = behind & (last + (self.steps - self.index) < EARLY_STEPS)
-        rows = behind.nonzero()[:, 0]
-        if not len(rows):
+            limit = min(limit, EARLY_STEPS - (self.steps - self.index))
+        if int(last.min()) >= limit:
             return None
+        rows = (last < limit).nonzero()[:, 0]
         summed = torch.zeros_like(m, dtype=torch.bool)
         floor = (EPS_MEETS_GRADIENT * self.hyper.eps * missed.node2[rows, None]).square()
         summed[rows] = (m[rows] != 0) & (v[rows] < floor.to(v.dtype).clamp_min(torch.finfo(v.dtype).tiny))

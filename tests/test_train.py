@@ -110,6 +110,26 @@ def test_a_captured_step_takes_partial_batches_and_new_rates():
     assert captured.sums.tolist() == fused.sums.tolist() and captured.sums[2] == 70
 
 
+def test_where_nothing_can_be_captured_the_step_is_launched():
+    captured, fused, cells, _ = captured_and_fused()
+
+    def fail(launch):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    captured.capture = fail
+    rows = torch.arange(16)
+    for step in (captured, fused):
+        step(rows, cells)
+    with pytest.warns(
+        UserWarning, match="without a CUDA graph, which could not be captured: operation not .* capturing$"
+    ):
+        captured(rows + 5, cells)
+    fused(rows + 5, cells)
+    for step in (captured, fused):
+        step(rows + 9, cells)
+    assert_same(state_of(captured.elbo_step.model), state_of(fused.elbo_step.model))
+
+
 def test_a_step_is_captured_anew_where_its_memory_moved_or_its_weight_changed():
     captured, fused, cells, graphs = captured_and_fused()
     rng = np.random.default_rng(0)

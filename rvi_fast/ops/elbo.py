@@ -115,7 +115,9 @@ def elbo_step_(table: RowState, batch: Batch, shared: SharedState, model: ElboMo
         rows = rows[: int(batch.present)]
     check_distinct_rows(rows, table.values.shape[0])
     if len(batch.rows):
-        _elbo_step_(*table, *batch._replace(rows=batch.rows.long().contiguous()), *shared, *model)
+        apart = torch.compiler.is_compiling() or batch.rows.is_cuda  # else the boundary is dear: 36 arguments
+        run = _elbo_step_ if apart else _run
+        run(*table, *batch._replace(rows=batch.rows.long().contiguous()), *shared, *model)
 
 
 def shared_columns(shared: SharedState, table: RowState, model: ElboModel) -> int:

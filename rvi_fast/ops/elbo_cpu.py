@@ -86,8 +86,9 @@ def step(table: RowState, batch: Batch, shared: SharedState, model: ElboModel) -
     p, m, v = a.state.unbind(1)
     number = clock.next_step(last)
     _adam(p, m, v, a.grad, a.root, number, lr, weight_decay, clock.hyper)
-    table.values.index_copy_(0, rows, a.state)
-    table.last[rows] = clock.touched(last)
+    table.values.numpy()[rows.numpy()] = a.state.numpy()
+    torch.autograd.graph.increment_version(table.values)  # of which NumPy knows nothing
+    table.last.numpy()[rows.numpy()] = clock.touched(last)
     clock_cpu.advance(clock, lr, weight_decay)
     table.noise_step.add_(1)
     _step_shared(shared, a)
@@ -97,7 +98,7 @@ def step(table: RowState, batch: Batch, shared: SharedState, model: ElboModel) -
 
 def _read_rows(table: RowState, rows: Tensor, last: Tensor, clock: AdamClock, a: Arrays) -> None:
     """The rows' p, m and v into a.state, brought up to date (reference.catch_up)."""
-    torch.index_select(table.values, 0, rows, out=a.state)
+    np.take(table.values.numpy(), rows.numpy(), axis=0, out=a.state.numpy(), mode="clip")  # rows were checked
     if clock.index == 0:
         return
     p, m, v = a.state.unbind(1)
@@ -289,7 +290,7 @@ def _adam(
     m.lerp_(grad, 1 - hyper.beta1)
     v.lerp_(grad.square_(), 1 - hyper.beta2)
     _sqrt(v, root)
-    root.mul_(1 / math.sqrt(bc2)).add_(hyper.eps)
+    torch.add(torch.tensor(hyper.eps, dtype=root.dtype), root, alpha=1 / math.sqrt(bc2), out=root)
     if weight_decay:
         p.mul_(1 - lr * weight_decay)
     p.addcdiv_(m, root, value=-lr / bc1)

@@ -1,10 +1,12 @@
 """Ways to take an optimisation step on a batch: in parts for any model, fused, or as a CUDA graph of the fused one.
 
-Each keeps nll, kl and rows of the steps taken in `sums`, float64 [3], on the device: nothing waits for a step to end.
+Each is called with the batch's rows, int64 [B] on the CPU, and its cells on the model's device. Each keeps nll, kl and
+rows of the steps taken in `sums`, float64 [3], on the device: nothing waits for a step to end.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -24,6 +26,7 @@ class SeparateStep:
         self.sums = torch.zeros(3, dtype=torch.float64, device=device)
 
     def __call__(self, rows: Tensor, cells: Cells) -> None:
+        rows = rows.to(self.sums.device, non_blocking=True)
         self.optimizer.zero_grad()
         nll, kl = self.model(rows, *cells.at(rows))
         self.sums += torch.stack((nll.detach().sum(), kl.detach().sum(), nll.new_tensor(len(rows)))).double()
@@ -39,6 +42,7 @@ class FusedStep:
         self.sums = self.elbo_step.sums
 
     def __call__(self, rows: Tensor, cells: Cells) -> None:
+        rows = rows.to(self.sums.device, non_blocking=True)
         self.elbo_step.step(rows, cells.x, cells.mask, x_scale=cells.x_scale, gathered=cells.gathered)
 
 
@@ -74,7 +78,7 @@ class CapturedStep:
         self.frozen: tuple = ()
 
     def __call__(self, rows: Tensor, cells: Cells) -> None:
-        self.rows[: len(rows)].copy_(rows)
+        self.rows[: len(rows)].copy_(rows, non_blocking=True)
         if len(rows) != self.present:
             self.count.fill_(len(rows))
             self.present = len(rows)
@@ -84,11 +88,19 @@ class CapturedStep:
         if first:
             self._launch()
         elif self.replay is None or frozen != self.frozen:
-            self.replay = self.capture(self._launch)
+            self.replay = self._captured()
         self.frozen = frozen
         if self.replay is not None:
             self.replay()
         self.elbo_step.replayed(1)
+
+    def _captured(self) -> Callable[[], None]:
+        try:
+            return self.capture(self._launch)
+        except RuntimeError as error:
+            why = str(error).partition("\n")[0]
+            warnings.warn(f"training goes on without a CUDA graph, which could not be captured: {why}", stacklevel=2)
+            return self._launch
 
     def _launch(self) -> None:
         x, mask, x_scale, gathered = self.cells

@@ -193,8 +193,7 @@ class Trainer:
         """One optimisation step on the mean loss of these rows, whose cells are read where they are not given."""
         self.set_lr()
         step, progress = self.taken_by(), self.progress
-        index = torch.from_numpy(rows).to(self.plan.device, non_blocking=True)
-        step(index, self.source.batch(rows) if cells is None else cells)
+        step(torch.from_numpy(rows), self.source.batch(rows) if cells is None else cells)
         progress.step += 1
         if self.plan.device.type == "cpu" or progress.step % STEPS_UNSEEN == 0:
             self.collect()
