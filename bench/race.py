@@ -86,8 +86,9 @@ class Runner:
         return spread(self.graph_us) or spread(self.step_us)
 
     def turn(self, clock: timing.Clock) -> None:
+        before = self.batches()
+        self.peer.run(before[-1:] if self.entry.name != JAX else before)  # the caches are now its own
         batches = self.batches()
-        self.peer.run(batches[:1] if self.entry.name != JAX else batches)  # the caches are now its own
         self.step_us.append(clock.timed(lambda: self.peer.run(batches)) / self.steps)
         if self.contestant.replay:
             steps = len(self.contestant.calls)

@@ -36,8 +36,13 @@ def read(path: Path) -> list[dict[str, str]]:
 
 
 def merge(path: Path, lines: Sequence[Mapping[str, Any]], key: Sequence[str]) -> None:
-    """Add lines to a file; those with the same key go. The file is replaced as a whole."""
+    """Add lines to a file; those with the same key go. The file is replaced as a whole.
+
+    A line from a loaded machine takes no quiet one's place.
+    """
+    quiet = {tuple(line.get(k, "") for k in key) for line in read(path) if line.get("state") == "quiet"}
     new = [{name: text(value) for name, value in line.items()} for line in lines]
+    new = [line for line in new if line.get("state") != "loaded" or tuple(line[k] for k in key) not in quiet]
     if not new:
         return
     keys = {tuple(line[k] for k in key) for line in new}

@@ -48,6 +48,7 @@ class ElboStep:
         self.rates: list[float] = []  # as written to the device
         self.version = -1  # of that memory then; a RowAdam.step() writes it too
         self.counts: dict[int, Tensor] = {}  # batch sizes seen, on the device
+        self.settings = self._settings()
         self._start_table()
         self.set_rates()
 
@@ -87,12 +88,22 @@ class ElboStep:
         if self.store.moving != moving or len(self.store.columns) != 1:
             self.store.flush()
             self.store.restart(moving, self.store.steps)
+        self._follow_clock()
+
+    def _follow_clock(self) -> None:
+        """Read the clock's counters back: a step that was interrupted counted there first."""
         index, offset, *_ = self.clock.counters.tolist()
-        self.clock.index, self.clock.steps = index, index + offset  # a step that was interrupted counted there first
+        self.clock.index, self.clock.steps = index, index + offset
 
     def valid(self) -> bool:
         """Whether the model and its optimiser are still such that this can step them."""
-        return self._same_memory() and self.supports(self.model, self.optimizer) is None
+        unchanged = self._same_memory() and self.supports(self.model, self.optimizer) is None
+        return unchanged and self.settings == self._settings()
+
+    def _settings(self) -> tuple:
+        """What a step takes from the model and its optimiser once, when it is made."""
+        hyper = [_hyper(self.optimizer.param_groups[group]) for group in self.groups]
+        return _form(self.model)._replace(kl_weight=0.0), hyper, self.model.posterior.seed
 
     def make_room(self, steps: int) -> None:
         """Make ready for `steps` steps, without which their memory may move under a CUDA graph that was captured."""
@@ -120,7 +131,9 @@ class ElboStep:
         for parameter in self.parameters:
             parameter.data = parameter.data.clone()
             state = self.optimizer.state[parameter]
-            state.update({name: state[name].clone() for name in ("step", "exp_avg", "exp_avg_sq")})
+            state.update({name: value.clone() for name, value in state.items() if isinstance(value, Tensor)})
+        if self.store.columns:
+            self._follow_clock()
         elbo_cpu.KEPT.pop(self.shared.weights, None)
 
     def replayed(self, steps: int) -> None:

@@ -103,3 +103,18 @@ def test_plots_over_rows_and_batch(folder):
     assert plots.curves_of(lines, "batch") == {OURS: [(64.0, 0.9), (256.0, 2.0)]}
     with pytest.raises(ValueError, match="no times"):
         plots.plot(folder, states=("unknown",))
+
+
+def test_a_loaded_line_takes_no_quiet_ones_place(tmp_path):
+    path, key = tmp_path / "steps.csv", ("workload", "contestant")
+    line = {"workload": "paper", "contestant": "ours", "state": "quiet", "step_us": 4000.0}
+    results.merge(path, [line], key)
+    results.merge(
+        path, [line | {"state": "loaded", "step_us": 9000.0}, line | {"contestant": "JAX", "state": "loaded"}], key
+    )
+    assert [(kept["contestant"], kept["state"], kept["step_us"]) for kept in results.read(path)] == [
+        ("ours", "quiet", "4000"),
+        ("JAX", "loaded", "4000"),
+    ]
+    results.merge(path, [line | {"step_us": 3000.0}], key)
+    assert {kept["step_us"] for kept in results.read(path)} == {"3000", "4000"}

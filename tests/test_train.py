@@ -299,3 +299,115 @@ def test_the_engine_is_what_fit_uses():
     )
     assert steps == [FusedStep, FusedStep] and train.Trainer is Trainer
     assert ElboStep.supports(*model_and_optimizer()) is None
+
+
+IN_PLACE = {
+    "float32 with a mask": lambda: (numbers(holes=0), images()[1]),
+    "float32 with NaN under False": lambda: (numbers(), ~np.isnan(numbers()) & images()[1]),
+    "uint8": lambda: (images()[0], None),
+    "uint8 with a mask": images,
+}
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_cells_in_place_outlive_a_callback_that_freezes(name, monkeypatch):
+    """The step changes from fused to in parts, and both read the user's memory."""
+    X, mask = IN_PLACE[name]()
+
+    def losses():
+        model, optimizer = model_and_optimizer()
+        data = Observations(X, mask)
+        mine = Trainer(model, optimizer, data, plan=Plan(16, 4))
+        mine.run(lambda logs: model.decoder.requires_grad_(False) and False, show_progress=False)
+        return mine.progress.history["loss"]
+
+    found = losses()
+    monkeypatch.setattr("rvi_fast.train.trainer.fusable", lambda *_: False)
+    np.testing.assert_allclose(found, losses(), rtol=1e-4)
+
+
+CHANGES = {
+    "scale": lambda model, optimizer: setattr(model.likelihood, "fixed", 0.3),
+    "selection": lambda model, optimizer: setattr(model.posterior, "active", [3, 8]),
+    "betas": lambda model, optimizer: [g.update(betas=(0.8, 0.99)) for g in optimizer.param_groups],
+    "eps": lambda model, optimizer: [g.update(eps=1e-3) for g in optimizer.param_groups],
+    "seed": lambda model, optimizer: setattr(model.posterior, "seed", 5),
+    "evaluation": lambda model, optimizer: model.eval(),
+    "moments gone": lambda model, optimizer: optimizer.state.clear(),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_a_callback_changes_is_followed(name, monkeypatch):
+    def run():
+        model, optimizer = model_and_optimizer()
+        mine = Trainer(model, optimizer, numbers(), plan=Plan(16, 4))
+
+        def after_epoch(logs):
+            if len(mine.progress.history["loss"]) == 2:
+                CHANGES[name](model, optimizer)
+            return False
+
+        mine.run(after_epoch, show_progress=False)
+        return mine.progress.history["loss"]
+
+    found = run()
+    monkeypatch.setattr("rvi_fast.train.trainer.fusable", lambda *_: False)
+    np.testing.assert_allclose(found, run(), rtol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        (dict(plan=dict(batch_size=0)), "batch_size must be a positive int; got 0"),
+        (dict(plan=dict(epochs=0)), "epochs must be a positive int; got 0"),
+        (dict(plan=dict(max_steps=-1)), "max_steps must be a positive int or None; got -1"),
+        (dict(plan=dict(schedule="linear")), "schedule must be one of constant, cosine; got 'linear'"),
+        (dict(plan=dict(device="meta")), "plan.device is meta, but the model is on cpu; move one of them"),
+        (dict(X=numbers()[:40]), "X has 40 rows, but the model's table has 50; make the posterior for len(X) rows"),
+        (dict(X=numbers()[:, :5]), "X has 5 columns, but the model's decoder 7; make it for X.shape[1]"),
+        (dict(X=np.full((N, D), np.inf)), "X[0, 0] is inf; replace infinities by NaN (missing) or by a finite number"),
+        (dict(units=ColumnUnits.identity(3)), "X has 7 columns, but units are of 3"),
+    ],
+)
+def test_wrong_input_is_named(change, sentence):
+    arguments = {"X": numbers(), "units": None, "plan": {}} | change
+    with pytest.raises(ValueError) as error:
+        Trainer(*model_and_optimizer(), arguments["X"], arguments["units"], Plan(**arguments["plan"]))
+    assert str(error.value) == sentence
+
+
+def test_memory_that_torch_cannot_share_is_read_in_batches():
+    fields = np.zeros((N, D), dtype=np.dtype([("a", "<f4"), ("b", "i1")]))
+    fields["a"] = numbers()
+    source = Source(Observations(fields["a"]), ColumnUnits.identity(D), None, CPU)
+    assert source.resident() is None and source.batch(np.arange(3)).x.shape == (3, D)
+
+
+@pytest.mark.parametrize("flush", [False, True])
+def test_denormals_are_treated_afterwards_as_they_were_before(flush):
+    torch.set_flush_denormal(flush)
+    try:
+        mine = trainer(epochs=1)
+        seen = []
+        mine.run(after_step=lambda step: seen.append(float(torch.tensor([1e-39]) * 0.5)), show_progress=False)
+        assert seen == [0.0] * 4
+        assert (float(torch.tensor([1e-39]) * 0.5) == 0) == flush
+    finally:
+        torch.set_flush_denormal(False)
+
+
+def test_a_step_that_was_cut_in_two_leaves_no_clock_behind(monkeypatch):
+    mine = trainer(epochs=2)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    def after_step(step):
+        if step == 3:
+            monkeypatch.setattr("rvi_fast.ops.elbo_cpu._step_shared", interrupted)
+
+    with pytest.raises(KeyboardInterrupt):
+        mine.run(after_step=after_step, show_progress=False)
+    clock = mine.model.posterior.table.store.columns[0].clock
+    assert clock.index == clock.steps == int(clock.counters[0]) == 4

@@ -61,11 +61,11 @@ class EagerRVI(nn.Module):
 
     def forward(self, rows: Tensor, x: Tensor, mask: Tensor, noise: Tensor) -> Tensor:
         """Mean negative ELBO of a batch. rows [B], x [B, D], mask [B, D] bool, noise [B, T]."""
-        mean, first = self.residual(rows), 0
-        for coef, active in zip(self.coef(rows).split(self.groups, dim=1), self.active, strict=True):
-            top = coef.abs().topk(active, dim=1).indices
-            mean = mean + torch.einsum("bk,bkt->bt", coef.gather(1, top), self.relays[first + top])
-            first += coef.shape[1]
+        coef = self.coef(rows)
+        kept = torch.zeros_like(coef)  # multiplying all relays takes half the time of gathering the largest's
+        for part, to, active in zip(coef.split(self.groups, 1), kept.split(self.groups, 1), self.active, strict=True):
+            to.scatter_(1, part.detach().abs().topk(active, dim=1).indices, 1.0)
+        mean = torch.addmm(self.residual(rows), coef * kept, self.relays)
         return negative_elbo(self.decoder, mean, self.log_std(rows), x, mask, noise, self.scale)
 
 

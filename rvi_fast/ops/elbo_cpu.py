@@ -143,7 +143,7 @@ def _losses_and_gradients(
     _kept_bits(coef, a.kept, out=a.weight)
     mean = torch.addmm(residual, a.weight, relays)
     noise = philox_normal(table.seed, "train", int(table.noise_step), rows, latent_dim, coef.dtype)
-    sigma = log_std.exp()
+    sigma = torch.from_numpy(np.exp(log_std.numpy()))
     spread = sigma * noise
     z = mean + spread
 

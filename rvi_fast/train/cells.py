@@ -11,8 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import reference
 from ..blocks import BlockReader
 from ..observations import ColumnUnits, HiddenCells, Observations
+from ..ops.likelihoods import twin_x
 
 AHEAD = 2  # batches read ahead of a GPU
 SHARE_OF_DEVICE = 0.5  # of a GPU's free memory that cells may take
@@ -31,13 +33,9 @@ class Cells(NamedTuple):
         if self.gathered:
             assert self.mask is not None
             return self.x, self.mask
-        x = self.x[rows]
-        if self.mask is not None:
-            bit = torch.arange(8, dtype=torch.uint8, device=x.device)
-            mask = (self.mask[rows][:, :, None] >> bit & 1).bool().flatten(1)[:, : x.shape[1]]
-        else:
-            mask = ~x.isnan()
-        return (x.float() * self.x_scale).nan_to_num(0.0), mask
+        x, mask = self.x[rows], None if self.mask is None else self.mask[rows]
+        x, mask = twin_x(x, mask, self.x_scale, torch.float32)
+        return reference.without_holes(x.contiguous(), mask), mask
 
 
 class Source:
@@ -142,5 +140,6 @@ class Source:
 
 
 def _as_torch_has_it(array: np.ndarray) -> bool:
-    """Whether torch can share the memory: writable, in the machine's byte order, with no axis turned round."""
-    return array.flags.writeable and array.dtype.isnative and all(stride >= 0 for stride in array.strides)
+    """Whether torch can share the memory: writable, in the machine's byte order, strides of whole elements >= 0."""
+    strided = all(stride >= 0 and stride % array.itemsize == 0 for stride in array.strides)
+    return array.flags.writeable and array.dtype.isnative and strided

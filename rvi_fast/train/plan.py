@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from .. import reference
+from .. import arguments, reference
 
 VALIDATION_ROWS = 4096  # early stopping looks at hidden cells of at most this many rows
 
@@ -31,6 +31,14 @@ class Plan:
     device: torch.device = torch.device("cpu")  # noqa: RUF009  # a constant
     patience: int = 10  # epochs without a lower error on hidden cells
     buffer: tuple[int, int] | None = None  # rows a block, blocks shuffled together; None: all rows
+
+    def __post_init__(self) -> None:
+        self.device = torch.device(self.device)
+        for name in ("batch_size", "epochs"):
+            arguments.positive_int(name, getattr(self, name))
+        arguments.positive_int("max_steps", self.max_steps, None)
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}; got {self.schedule!r}")
 
     def total_steps(self, num_rows: int) -> int:
         steps = self.epochs * self.steps_per_epoch(num_rows)

@@ -47,9 +47,10 @@ class FusedStep:
 
 
 def cuda_graph(launch: Callable[[], None]) -> Callable[[], None]:
-    """Capture what `launch` puts on the device; what is returned does it again. Nothing happens at the capture."""
+    """Capture what `launch` puts on the current device; what is returned does it again. Nothing happens at the capture,
+    and other threads may use the device meanwhile."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         launch()
     return graph.replay
 
@@ -96,10 +97,12 @@ class CapturedStep:
 
     def _captured(self) -> Callable[[], None]:
         try:
-            return self.capture(self._launch)
+            with torch.cuda.device_of(self.rows):
+                return self.capture(self._launch)
         except RuntimeError as error:
             why = str(error).partition("\n")[0]
             warnings.warn(f"training goes on without a CUDA graph, which could not be captured: {why}", stacklevel=2)
+            self.capture = lambda launch: launch
             return self._launch
 
     def _launch(self) -> None:

@@ -45,10 +45,13 @@ class Trainer:
         plan: Plan | None = None,
         hidden: HiddenCells | None = None,
     ):
-        data = data if isinstance(data, Observations) else Observations(data)
+        if not isinstance(data, Observations):
+            data = Observations(data)
+            data.check()
         self.model, self.optimizer, self.data = model, optimizer, data
         self.units = ColumnUnits.identity(data.num_columns) if units is None else units
         self.plan, self.hidden = plan or Plan(), hidden
+        self._check_fit()
         self.source = Source(data, self.units, hidden, self.plan.device)
         self.progress = Progress()
         self.base_lr = [group["lr"] for group in optimizer.param_groups]
@@ -56,6 +59,19 @@ class Trainer:
         self.total = self.plan.total_steps(len(data))
         self.resident: Cells | None = None
         self._step: Step | None = None
+
+    def _check_fit(self) -> None:
+        """Raise unless data, units and plan fit the model."""
+        (n, d), head = (len(self.data), self.data.num_columns), self.model.decoder.head.weight
+        rows = self.model.posterior.num_rows if isinstance(self.model, RowModel) else n
+        if rows != n:
+            raise ValueError(f"X has {n} rows, but the model's table has {rows}; make the posterior for len(X) rows")
+        if head.shape[0] != d:
+            raise ValueError(f"X has {d} columns, but the model's decoder {head.shape[0]}; make it for X.shape[1]")
+        if len(self.units.scale) != d:
+            raise ValueError(f"X has {d} columns, but units are of {len(self.units.scale)}")
+        if head.device != torch.empty(0, device=self.plan.device).device:
+            raise ValueError(f"plan.device is {self.plan.device}, but the model is on {head.device}; move one of them")
 
     def batches(self) -> Iterator[np.ndarray]:
         """The rows of each step that is still to come."""
@@ -82,7 +98,10 @@ class Trainer:
         after_step: Callable[[int], None] = lambda step: None,
         show_progress: bool = True,
     ) -> None:
-        """Train to the end of the plan, or until interrupted or told to stop (a true after_epoch(logs))."""
+        """Train to the end of the plan, or until interrupted or told to stop (a true after_epoch(logs)).
+
+        after_epoch may change the model, its optimiser and their settings; after_step only looks at them.
+        """
         progress, per_epoch = self.progress, self.plan.steps_per_epoch(len(self.data))
         if progress.stopped == "early":
             return
@@ -113,6 +132,7 @@ class Trainer:
                             progress.stopped = "early"
                         if after_epoch(logs) and progress.stopped == "running":
                             progress.stopped = "callback"
+                        self.model.train()
                         self.check_step()
                     after_step(progress.step)
                     if interrupted.is_set() and progress.stopped == "running":
@@ -121,6 +141,9 @@ class Trainer:
                         break
                 else:
                     progress.stopped = "completed"
+        except FloatingPointError:
+            progress.stopped = "failed"
+            raise
         finally:
             self.optimizer.zero_grad()
             self.model.eval()
@@ -177,17 +200,22 @@ class Trainer:
 
     @contextlib.contextmanager
     def threads(self) -> Iterator[None]:
-        """One thread for small steps on the CPU: there, handing pieces to a second one takes longer than the piece."""
-        threads = torch.get_num_threads()
+        """One thread for small steps on the CPU: there, handing pieces to a second one takes longer than the piece.
+
+        Denormal numbers count as 0 meanwhile: moments that die out would each cost a hundred times the arithmetic.
+        """
+        threads, kept = torch.get_num_threads(), _keeps_denormals()
         row_numbers = self.data.num_columns + sum(
             p.shape[1] for p in self.model.parameters() if isinstance(p, RowParameter)
         )
         if self.plan.batch_size * row_numbers < NUMBERS_FOR_THREADS:
             torch.set_num_threads(1)
+        torch.set_flush_denormal(True)
         try:
             yield
         finally:
             torch.set_num_threads(threads)
+            torch.set_flush_denormal(not kept)
 
     def step(self, rows: np.ndarray, cells: Cells | None = None) -> None:
         """One optimisation step on the mean loss of these rows, whose cells are read where they are not given."""
@@ -272,6 +300,10 @@ class Trainer:
         """Give the model the state with the least error on hidden cells, where there are any."""
         if self.best is not None:
             self.model.load_state_dict(self.best[2])
+
+
+def _keeps_denormals() -> bool:
+    return bool(torch.tensor([1e-39]) * 0.5 != 0)
 
 
 @contextlib.contextmanager
