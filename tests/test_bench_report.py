@@ -118,3 +118,26 @@ def test_a_loaded_line_takes_no_quiet_ones_place(tmp_path):
     ]
     results.merge(path, [line | {"step_us": 3000.0}], key)
     assert {kept["step_us"] for kept in results.read(path)} == {"3000", "4000"}
+
+
+def test_the_docs_say_what_the_parts_took():
+    root = results.HERE.parent
+    parts = results.read(root / "bench" / "results" / "cpu" / "parts.csv")
+    assert len(parts) >= 8
+    docs = (root / "docs" / "performance.md").read_text(encoding="utf-8")
+    for part in parts:
+        line = f"| {part['part']} | {float(part['equations_us']):.0f} | {float(part['step_us']):.0f} |"
+        assert line in docs
+
+
+def test_the_docs_say_how_many_launches_there_are():
+    found: dict[str, int] = {}
+    for line in results.read(results.HERE / "results" / "static" / "launches.csv"):
+        if not line["operation"].startswith("in the graph"):
+            found[line["step"]] = found.get(line["step"], 0) + int(line["launches"])
+    docs = (results.HERE.parent / "docs" / "performance.md").read_text(encoding="utf-8").replace("\n", " ")
+    foreach, fused, apart, ours, captured = found.values()
+    assert f"{foreach} a step for eager PyTorch with foreach Adam ({fused} with fused)" in docs
+    assert (
+        f"{apart} for our own operators on the torch backend, {ours} for `ElboStep`, and {captured} for `fit`" in docs
+    )
