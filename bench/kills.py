@@ -23,6 +23,7 @@ import tempfile
 import threading
 import time
 import warnings
+import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -77,18 +78,29 @@ def fit(folder: Path, steps: Any = None, stop_at: int | None = None, die_at: int
     step = Trainer.step
 
     def counted(self: Trainer, *batch: Any) -> None:
+        if self.progress.step == 0:
+            log_state(folder, self)
         step(self, *batch)
-        steps.value = self.progress.step
+        if self.progress.step == 1:
+            log_state(folder, self)
+        if steps is not None:
+            steps.value = self.progress.step
 
     tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a killed process would leave behind
-    if steps is not None:
-        Trainer.step = counted  # type: ignore[assignment, method-assign]
+    Trainer.step = counted  # type: ignore[assignment, method-assign]
     if die_at is not None:
         die_in(folder, die_at)
     stop = [lambda model, logs: logs["step"] == stop_at]
     RVI(**SETTINGS, epochs=EPOCHS).fit(
         table(), val_cells=0.1, checkpoint_dir=folder, checkpoint_every=EVERY, resume=True, callbacks=stop
     )
+
+
+def log_state(folder: Path, trainer: Trainer) -> None:
+    """Append to a file beside folder where a fit stands, so that two which end differently show where they parted."""
+    crcs = {name: zlib.crc32(bits(value)) for name, value in trainer.model.state_dict().items()}
+    with Path(f"{folder}.log").open("a") as file:
+        print(trainer.progress.step, trainer.progress.sums, crcs, file=file)
 
 
 def save_in_turn(folder: Path, saves: Any) -> None:
@@ -200,7 +212,8 @@ def kill_fits(folder: Path, count: int, tally: Tally, rng: np.random.Generator) 
             tally.most_lost = max(tally.most_lost, steps.value - step_of(run))
         finish(fit, run)
         if not same_end(run, folder / "never-killed"):
-            raise AssertionError(f"{run} does not end as a run that was never killed")
+            logs = (Path(f"{path}.log").read_text() for path in (run, folder / "never-killed"))
+            raise AssertionError(f"{run} does not end as a run that was never killed:\n" + "\n".join(logs))
         tally.fits += 1
     if tally.most_lost > EVERY:
         raise AssertionError(f"a kill cost {tally.most_lost} steps, more than the interval of {EVERY}")
