@@ -38,7 +38,7 @@ from .workloads import Draw, Workload, differentiated, workloads
 
 BATCHES, DRY_BATCHES = (256, 65_536), (64,)
 SECONDS_EACH, DRY_SECONDS_EACH = 1.0, 0.0  # of timing a workload, beyond what its first calls take
-PARTS = ("philox_device", "posteriors", "relay_step", "select")  # tested, too, though not timed by themselves
+PARTS = ("philox_device", "posteriors", "relay_step", "select", "train")  # tested, too, though not timed by themselves
 DRY_TESTED = ("philox_normal",)  # a dry run starts the tests of these alone
 LIMITS = {"tests": 170.0, "operator": 120.0, "all operators": 300.0}  # seconds
 

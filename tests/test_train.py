@@ -420,3 +420,65 @@ def test_the_example_in_the_docs_runs(capsys):
     (example,) = re.findall(r"```python\n(.*?)```", docs, flags=re.DOTALL)
     exec(compile(example, "performance.md", "exec"), {})
     assert len(eval(capsys.readouterr().out)) == 5
+
+
+GPU = torch.device("cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["uint8, mask", "uint8, hidden", "standardised"])
+def test_cells_lie_on_the_gpu_as_they_are_read(name):
+    source = sources()[name]
+    source.device, source.reads_ahead = GPU, True
+    rows = np.array([3, 49, 0, 17])
+    x, mask = source.read(rows)
+    resident = source.resident()
+    assert resident is not None and resident.x.is_cuda
+    assert resident.x.dtype == (torch.uint8 if name.startswith("uint8") else torch.float32)
+    other, observed = resident.at(torch.from_numpy(rows).cuda())
+    assert torch.equal(observed.cpu(), mask)
+    torch.testing.assert_close((other * observed).cpu(), x, rtol=1e-6, atol=0)
+    ((_, cells),) = source.ahead([rows])
+    assert torch.equal(cells.x.cpu(), x) and torch.equal(cells.mask.cpu(), mask)
+
+
+@pytest.mark.gpu
+def test_graphs_of_a_gpu_train_as_launches_do_to_the_bit(monkeypatch):
+    """70 steps and more: the clock's history moves twice, each epoch ends with a partial batch, the rate changes."""
+    kinds, ends, histories = [], [], []
+    make = Trainer._make_step
+    monkeypatch.setattr(Trainer, "_make_step", lambda self: kinds.append(make(self)) or kinds[-1])
+    for captured in (True, False):
+        if not captured:
+            monkeypatch.setattr(Trainer, "_make_step", lambda self: FusedStep(self.model, self.optimizer))
+        model, _ = model_and_optimizer()
+        model.to(GPU)
+        mine = Trainer(
+            model, RowAdam(model.parameters(), lr=0.01), numbers(), plan=Plan(16, 40, schedule="cosine", device=GPU)
+        )
+        mine.run(show_progress=False)
+        ends.append(state_of(model))
+        del mine.progress.history["seconds"]
+        histories.append(mine.progress.history)
+    assert [type(kind) for kind in kinds] == [CapturedStep] and callable(kinds[0].replay)
+    assert kinds[0].replay != kinds[0]._launch  # the capture did not fail
+    assert_same(*ends)
+    assert histories[0] == histories[1]
+
+
+@pytest.mark.gpu
+def test_a_gpu_and_a_cpu_train_alike():
+    settings = dict(latent_dim=4, groups=(3, 8), hidden=(6,), epochs=5, batch_size=16, progress=False)
+    X, mask = images()
+    losses = [RVI(**settings, device=device).fit(X, mask, val_cells=0.1).history_["loss"] for device in ("cuda", "cpu")]
+    np.testing.assert_allclose(*losses, rtol=1e-4)
+
+
+@pytest.mark.gpu
+def test_a_gpu_run_in_two_halves_has_the_bits_of_one(tmp_path):
+    settings = dict(latent_dim=4, groups=(3, 8), hidden=(6,), epochs=6, batch_size=16, progress=False, device="cuda")
+    whole = RVI(**settings).fit(numbers(), checkpoint_dir=tmp_path / "whole", checkpoint_every=5)
+    stop = [lambda model, logs: logs["step"] == 12]
+    RVI(**settings).fit(numbers(), checkpoint_dir=tmp_path / "half", checkpoint_every=5, callbacks=stop)
+    half = RVI(**settings).fit(numbers(), checkpoint_dir=tmp_path / "half", checkpoint_every=5, resume=True)
+    assert_same(state_of(whole.model_), state_of(half.model_))
