@@ -47,10 +47,12 @@ class Source:
 
     def read(self, rows: np.ndarray | slice) -> tuple[Tensor, Tensor]:
         """x float32 [B, D], 0 in holes, and mask bool [B, D], on the CPU."""
+        return self.units.to_model(*self._as_given(rows))
+
+    def _as_given(self, rows: np.ndarray | slice) -> tuple[np.ndarray, np.ndarray]:
+        """The user's cells [B, D], and which are observed and not hidden."""
         values, observed = self.data.read(rows)
-        if self.hidden is not None:
-            observed = observed & ~self.hidden.read(rows)
-        return self.units.to_model(values, observed)
+        return values, observed if self.hidden is None else observed & ~self.hidden.read(rows)
 
     def batch(self, rows: np.ndarray) -> Cells:
         """The cells of some rows, on the device."""
@@ -121,9 +123,7 @@ class Source:
         x = torch.empty(n, d, dtype=torch.uint8, device=self.device)
         bits = torch.empty(n, -(-d // 8), dtype=torch.uint8, device=self.device)
         for block in self.data.blocks():
-            values, observed = self.data.read(block)
-            if self.hidden is not None:
-                observed = observed & ~self.hidden.read(block)
+            values, observed = self._as_given(block)
             x[block] = torch.from_numpy(values).to(self.device)
             bits[block] = torch.from_numpy(np.packbits(observed, axis=1, bitorder="little")).to(self.device)
         factor = self._scale_alone()

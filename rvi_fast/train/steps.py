@@ -83,16 +83,15 @@ class CapturedStep:
         if len(rows) != self.present:
             self.count.fill_(len(rows))
             self.present = len(rows)
-        first = self.replay is None and not self.frozen
         self.elbo_step.prepare()
         frozen = self.elbo_step.frozen()
-        if first:
+        if not self.frozen:
             self._launch()
-        elif self.replay is None or frozen != self.frozen:
-            self.replay = self._captured()
-        self.frozen = frozen
-        if self.replay is not None:
+        else:
+            if self.replay is None or frozen != self.frozen:
+                self.replay = self._captured()
             self.replay()
+        self.frozen = frozen
         self.elbo_step.replayed(1)
 
     def _captured(self) -> Callable[[], None]:
