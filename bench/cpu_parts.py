@@ -16,17 +16,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numba
 import numpy as np
 import torch
 
 from rvi_fast import reference
-from rvi_fast.clock import AdamClock
-from rvi_fast.ops import clock_cpu, elbo_cpu, noise_cpu
-from rvi_fast.ops.elbo import ElboModel
+from rvi_fast.clock import EPS_MEETS_GRADIENT, AdamClock
+from rvi_fast.loops import adam, likelihood, relays
+from rvi_fast.ops import elbo_cpu
+from rvi_fast.ops.elbo import ElboModel, SharedState
 from rvi_fast.reference import AdamHyper
 
-BATCH, WIDTH, COLUMNS, LATENTS, ROWS = 256, 303, 784, 64, 60_000
+BATCH, WIDTH, COLUMNS, LATENTS, ROWS = 256, 303, 784, 64, 6_000
 GROUPS, ACTIVE = (25, 50, 100), (13, 25, 50)
+HYPER, LR, SCALE = AdamHyper(0.9, 0.999, 1e-8), 1e-3, 0.3
 STEPS, CALLS = 600, 300  # that the clock has counted; that are timed
 
 Part = tuple[str, Callable[[], Any], Callable[[], Any]]
@@ -39,37 +42,81 @@ def parts() -> list[Part]:
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator)
 
-    model = ElboModel(GROUPS, ACTIVE, (64, 64), False, "relu", "gaussian", 0.3, False, 1.0)
-    arrays = elbo_cpu.Arrays(torch.float32, BATCH, COLUMNS, WIDTH, sum(GROUPS), 64, 1)
-    v = normal(BATCH, WIDTH).square() * (normal(BATCH, WIDTH) > 0)  # as of coefficients that were never selected
-    x, residual, mask = normal(BATCH, COLUMNS), normal(BATCH, COLUMNS), normal(BATCH, COLUMNS) > 0
-    data, coef = normal(ROWS // 10, COLUMNS), normal(BATCH, sum(GROUPS))
-    rows = torch.randperm(len(data), generator=generator)[:BATCH]
-    last = torch.randint(300, STEPS, (BATCH,), generator=generator, dtype=torch.int32)
-    clock, clock_too = (AdamClock(AdamHyper(0.9, 0.999, 1e-8)) for _ in range(2))
+    model = ElboModel(GROUPS, ACTIVE, (64, 64), False, "relu", "gaussian", SCALE, False, 1.0)
+    shared = sum(torch.Size(shape).numel() for shape in model.shared_shapes(LATENTS, COLUMNS))
+    nothing = torch.empty(0)
+    state = SharedState(normal(3, shared), nothing, nothing, nothing, shared, nothing)
+    a = elbo_cpu.Arrays(BATCH, WIDTH, COLUMNS, state, model)
+    rows = torch.randperm(ROWS, generator=generator)[:BATCH]
+    return [*_of_rows(a, rows, normal, generator), *_of_cells(a, rows, normal, model)]
+
+
+def _of_rows(a: elbo_cpu.Arrays, rows: torch.Tensor, normal: Callable[..., torch.Tensor], generator: Any) -> list[Part]:
+    values = normal(ROWS, 3, WIDTH)
+    values[:, 2].square_().mul_(normal(ROWS, WIDTH) > 0)  # half of v is 0, as of coefficients never selected
+    last = torch.randint(300, STEPS, (ROWS,), generator=generator, dtype=torch.int32)
+    clock, clock_too = (AdamClock(HYPER) for _ in range(2))
     for each in (clock, clock_too):
         each.reserve(STEPS + 4 * CALLS)
         for _ in range(STEPS):
-            each.advance(1e-3)
-    step = torch.tensor(7)
+            each.advance(LR)
+    flat, grad = values.flatten(1).numpy(), normal(BATCH, WIDTH)
+    factors = elbo_cpu.adam_factors(STEPS, LR, 0.0, HYPER)
 
-    def observed() -> None:
-        np.negative(mask.numpy().view(np.int8), out=arrays.observed.numpy())
-        elbo_cpu._kept_bits(residual, arrays.observed, out=arrays.xhat)
+    def read() -> None:
+        at, before, of_exact = rows.numpy(), last.numpy(), (clock_too.inexact_before, EPS_MEETS_GRADIENT)
+        scalars = STEPS, *HYPER.logs(), HYPER.eps, reference.least_root(values.dtype)
+        adam.read_rows(flat, at, before, clock_too.history.numpy(), *scalars, *of_exact, *a.moving(), a.apart)
+
+    def equations_read() -> None:
+        p, m, v = values[rows].unbind(1)
+        clock.catch_up(p, m, v, last[rows])
+
+    def equations_step() -> None:
+        p, m, v = values[rows].unbind(1)
+        values[rows] = torch.stack(reference.adamw_step(p, m, v, grad, STEPS, LR, HYPER), dim=1)
 
     return [
-        ("square root of v, half of it 0", v.sqrt, lambda: elbo_cpu._sqrt(v, arrays.root)),
-        ("residual of the observed cells alone", lambda: torch.where(mask, residual, 0.0), observed),
-        ("the same by a factor", lambda: residual * mask.float(), observed),
-        ("selection", lambda: reference.selected(coef, GROUPS, ACTIVE), lambda: elbo_cpu._select(coef, model, arrays)),
+        ("rows gathered and caught up", equations_read, read),
+        (
+            "Adam's step of rows, scattered",
+            equations_step,
+            lambda: adam.step_rows(flat, last.numpy(), rows.numpy(), *a.moving(), grad.numpy(), *factors, STEPS),
+        ),
+        ("the clock's step", lambda: clock.advance(LR), lambda: elbo_cpu._advance(clock_too, LR, 0.0)),
+    ]
+
+
+def _of_cells(
+    a: elbo_cpu.Arrays, rows: torch.Tensor, normal: Callable[..., torch.Tensor], model: ElboModel
+) -> list[Part]:
+    a.p.copy_(normal(BATCH, WIDTH))
+    x, mask, xhat = normal(ROWS, COLUMNS), normal(ROWS, COLUMNS) > 0, normal(BATCH, COLUMNS)
+    factor, by_bias = np.full(COLUMNS, 1 / SCALE, np.float32), a.by_layers[-1].numpy()
+    cells = x.numpy(), 1.0, mask.view(torch.uint8).numpy(), rows.numpy()
+    leaf = xhat.clone().requires_grad_()
+
+    def equations_loss() -> None:
+        with torch.enable_grad():
+            nll = reference.masked_gaussian_nll(leaf, x[rows], mask[rows], torch.tensor(SCALE))
+            torch.autograd.grad(nll.mean(), leaf)
+
+    return [
+        (
+            "selection",
+            lambda: reference.selected(a.p[:, : sum(GROUPS)], GROUPS, ACTIVE),
+            lambda: relays.select(a.p.numpy(), a.bits, a.groups, a.active, a.weight.numpy(), a.kept),
+        ),
         (
             "noise",
-            lambda: reference.philox_normal(0, "train", step, rows, LATENTS),
-            lambda: noise_cpu.philox_normal(0, "train", 7, rows, LATENTS, torch.float32),
+            lambda: reference.philox_normal(0, "train", 7, rows, LATENTS),
+            lambda: elbo_cpu.box_muller(0, "train", 7, rows, a),
         ),
-        ("what rows have missed", lambda: clock.missed(last), lambda: clock_cpu.missed(clock_too, last)),
-        ("the clock's step", lambda: clock.advance(1e-3), lambda: clock_cpu.advance(clock_too, 1e-3, 0.0)),
-        ("x of the batch", lambda: data[rows], lambda: torch.index_select(data, 0, rows, out=x)),
+        (
+            "cells gathered, loss and gradient",
+            equations_loss,
+            lambda: likelihood.gaussian(xhat.numpy(), *cells, factor, factor, a.squares, a.count, by_bias),
+        ),
     ]
 
 
@@ -97,16 +144,18 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     load = os.getloadavg()[0]
-    print(f"one thread of {os.cpu_count()} cores; load {load:.1f}; torch {torch.__version__}, numpy {np.__version__}")
+    print(
+        f"one thread of {os.cpu_count()} cores; load {load:.1f}; torch {torch.__version__}, numba {numba.__version__}"
+    )
     found = measure()
     for name, before, after in found:
         print(f"{name:<38} {before:7.0f} us as an equation, {after:6.0f} us in the step")
     if arguments.csv:
         with arguments.csv.open("w", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(("part", "equations_us", "step_us", "load", "torch", "numpy"))
+            writer.writerow(("part", "equations_us", "step_us", "load", "torch", "numba"))
             writer.writerows(
-                (n, f"{b:.1f}", f"{a:.1f}", f"{load:.2f}", torch.__version__, np.__version__) for n, b, a in found
+                (n, f"{b:.1f}", f"{a:.1f}", f"{load:.2f}", torch.__version__, numba.__version__) for n, b, a in found
             )
 
 

@@ -257,13 +257,17 @@ class AdamClock(_OnDevice):
                 found.append((at, ((p[at].double() - moved) * missed.decay[rows[row]]).to(p.dtype)))
         return found
 
+    @property
+    def inexact_before(self) -> int:
+        """Rows last touched from here on need no exact sum, if the closed form holds at all."""
+        usual = self.hyper.beta1 <= 0.9 and self.hyper.beta2 >= 0.999
+        return min(self.index, EARLY_STEPS - (self.steps - self.index)) if usual else self.index
+
     def _summed(self, m: Tensor, v: Tensor, last: Tensor, missed: Missed) -> Tensor | None:
         """Entries for which two nodes are not exact enough, bool [B, C]; None if there are none."""
         if not self.closed_form:
             return (last < self.index)[:, None] & (m != 0)
-        limit = self.index
-        if self.hyper.beta1 <= 0.9 and self.hyper.beta2 >= 0.999:
-            limit = min(limit, EARLY_STEPS - (self.steps - self.index))
+        limit = self.inexact_before
         if int(last.min()) >= limit:
             return None
         rows = (last < limit).nonzero()[:, 0]

@@ -15,6 +15,7 @@ CHOICES = ("auto", "torch", "triton")
 KERNELS = frozenset(  # ideas that have a file in kernels/
     {
         "elbo_step",
+        "fit_rows",
         "linear_masked_gaussian_nll",
         "masked_bernoulli_nll",
         "masked_gaussian_nll",
@@ -77,6 +78,16 @@ def use_triton(op: str, device: torch.device, unsupported: str | None = None) ->
     if unsupported and choice == "triton":
         raise NotImplementedError(f"{op} has no Triton kernel for {unsupported}; choose backend 'auto' or 'torch'")
     return not unsupported
+
+
+def use_numba(device: torch.device) -> bool:
+    """Whether compiled loops take the fused step of a model on `device`; else its equations do."""
+    return get_backend() == "auto" and device.type == "cpu" and has_numba()
+
+
+@functools.cache
+def has_numba() -> bool:
+    return importlib.util.find_spec("numba") is not None
 
 
 def _lacking(op: str, device: torch.device) -> str | None:

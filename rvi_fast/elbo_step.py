@@ -12,7 +12,6 @@ from .clock import Clock
 from .likelihoods import Bernoulli, Gaussian
 from .model import RowModel
 from .nn import ACTIVATIONS, MeanFieldPosterior, MLPDecoder, RelayPosterior
-from .ops import elbo_cpu
 from .ops.elbo import Batch, ElboModel, RowState, SharedState, elbo_step_, shared_views, unsupported
 from .optim import RowAdam
 from .reference import AdamHyper
@@ -48,6 +47,7 @@ class ElboStep:
         self.rates: list[float] = []  # as written to the device
         self.version = -1  # of that memory then; a RowAdam.step() writes it too
         self.counts: dict[int, Tensor] = {}  # batch sizes seen, on the device
+        self.kept: dict[Any, Any] = {}  # the CPU's step's, from one to the next
         self.settings = self._settings()
         self._start_table()
         self.set_rates()
@@ -134,7 +134,7 @@ class ElboStep:
             state.update({name: value.clone() for name, value in state.items() if isinstance(value, Tensor)})
         if self.store.columns:
             self._follow_clock()
-        elbo_cpu.KEPT.pop(self.shared.weights, None)
+        self.kept.clear()
 
     def replayed(self, steps: int) -> None:
         """Follow, on the host, `steps` steps that a CUDA graph has taken."""
@@ -188,7 +188,7 @@ class ElboStep:
         """The step alone, as it stands in a CUDA graph; arguments as of `step`."""
         batch = Batch(rows, count, x, mask, float(x_scale), gathered)
         form = self.form._replace(kl_weight=float(self.model.kl_weight))
-        elbo_step_(self.table(), batch, self.shared, form)
+        elbo_step_(self.table(), batch, self.shared, form, self.kept)
 
     def frozen(self) -> tuple:
         """What a graph of `launch` holds fast besides the arguments: addresses, and numbers that are no tensors."""
@@ -222,7 +222,7 @@ def _shared_parameters(model: RowModel) -> Iterator[nn.Parameter]:
 
 def _form(model: RowModel) -> ElboModel:
     posterior, decoder, likelihood = model.posterior, model.decoder, model.likelihood
-    relays = (posterior.groups, posterior.active) if isinstance(posterior, RelayPosterior) else ((), ())
+    relays = (tuple(posterior.groups), tuple(posterior.active)) if isinstance(posterior, RelayPosterior) else ((), ())
     hidden = tuple(layer.out_features for layer in decoder.mlp if isinstance(layer, nn.Linear))
     activation = next((n for n, kind in ACTIVATIONS.items() for layer in decoder.mlp if type(layer) is kind), "relu")
     learned = isinstance(likelihood, Gaussian) and likelihood.learned

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import math
 
 import numpy as np
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import rvi_fast
-from rvi_fast import reference
+from rvi_fast import dispatch
 from rvi_fast.elbo_step import ElboStep, _form
 from rvi_fast.likelihoods import Bernoulli, Gaussian
 from rvi_fast.model import RowModel
@@ -527,17 +526,31 @@ def test_models_of_one_size_do_not_share_their_arrays():
         assert all(torch.equal(value, state_of(alone, optimizer)[name]) for name, value in state_of(*pair).items())
 
 
-def test_arrays_are_kept_for_two_sizes_and_go_with_the_model():
+@pytest.mark.skipif(not dispatch.use_numba(torch.device("cpu")), reason="the loops need numba")
+def test_arrays_are_kept_for_two_sizes_and_go_when_the_step_is_released():
     x, mask = make_data()
-    before = len(elbo_cpu.KEPT)
-    model, optimizer = plain()
-    fused = ElboStep(model, optimizer)
-    for rows in batches():
+    fused = ElboStep(*plain())
+    for rows in (*batches(), *batches()):
         fused.step(rows, x, mask)
-        assert len(elbo_cpu.KEPT) == before + 1 and len(elbo_cpu.KEPT[fused.shared.weights]) <= elbo_cpu.SIZES
-    del fused, model, optimizer
-    gc.collect()
-    assert len(elbo_cpu.KEPT) == before
+        assert 1 <= len(fused.kept) <= elbo_cpu.SIZES
+    fused.release()
+    assert not fused.kept
+
+
+@pytest.mark.skipif(not dispatch.use_numba(torch.device("cpu")), reason="the loops need numba")
+def test_loops_and_equations_take_the_same_steps():
+    x, mask = make_data(dtype=torch.float32)
+    states = []
+    for backend in ("auto", "torch"):
+        model, optimizer = plain(torch.float32)
+        fused = ElboStep(model, optimizer)
+        with dispatch.backend(backend):
+            for rows in batches():
+                fused.step(rows, x, mask)
+        assert bool(fused.kept) == (backend == "auto")
+        states.append(state_of(model, optimizer))
+    for name, value in states[0].items():
+        torch.testing.assert_close(value, states[1][name], rtol=2e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize("likelihood", [Gaussian(0.4), Gaussian("learned"), Bernoulli()])
@@ -549,13 +562,6 @@ def test_rows_without_relays(likelihood, dtype):
     assert (
         elbo.unsupported(torch.empty(1, 3, 4, device="meta"), 2, _form(make_model(groups=()))) == "rows without relays"
     )
-
-
-def test_a_tie_in_one_row_and_nan_in_another_do_not_cancel():
-    coef = torch.tensor([[0.0, 1.0, 1.0, 1.0], [torch.nan, 1.0, 2.0, 3.0]])
-    arrays = elbo_cpu.Arrays(torch.float32, batch=2, columns=1, width=4, relays=4, features=1, shared=1)
-    elbo_cpu._select(coef, _form(make_model(groups=(4,), active=2)), arrays)
-    assert torch.equal(arrays.kept, -reference.select(coef, 2).to(torch.int8))
 
 
 def test_a_step_that_would_turn_weights_round_is_refused_before_anything_moves():

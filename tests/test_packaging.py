@@ -58,7 +58,7 @@ def test_core_dependencies_are_four():
 
 
 def test_import_needs_nothing_but_the_core_dependencies():
-    extras = ["triton", "sklearn", "pandas", "matplotlib", "pytest"]
+    extras = ["triton", "numba", "sklearn", "pandas", "matplotlib", "pytest"]
     program = f"import sys; sys.modules.update(dict.fromkeys({extras})); import rvi_fast"
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
 

@@ -33,17 +33,23 @@ def check_rows(rows: Tensor, num_rows: int, name: str = "rows") -> None:
             f"{name} must be an int64 tensor of row indices; got {getattr(rows, 'dtype', type(rows).__name__)}"
         )
     if values_at_hand(rows):
-        low, high = (int(v) for v in torch.aminmax(rows))
-        if low < 0 or high >= num_rows:
-            raise IndexError(f"{name} must lie in 0 .. {num_rows - 1}; got {low if low < 0 else high}")
+        low, high = torch.aminmax(rows)
+        _check_range(int(low), int(high), num_rows, name)
+
+
+def _check_range(low: int, high: int, num_rows: int, name: str) -> None:
+    if low < 0 or high >= num_rows:
+        raise IndexError(f"{name} must lie in 0 .. {num_rows - 1}; got {low if low < 0 else high}")
 
 
 def check_distinct_rows(rows: Tensor, num_rows: int) -> None:
     """The rows of a step must lie in the table and not repeat; looked at on the CPU only."""
-    check_rows(rows, num_rows)
+    if not values_at_hand(rows) or rows.dtype != torch.int64:
+        check_rows(rows, num_rows)
     if not values_at_hand(rows):
         return
     ascending = np.sort(rows.numpy())  # torch.unique takes several times as long
+    _check_range(int(ascending[0]), int(ascending[-1]), num_rows, "rows")
     if (ascending[1:] == ascending[:-1]).any():
         raise ValueError("rows must not repeat within a step; sum the gradients of a repeated row first")
 

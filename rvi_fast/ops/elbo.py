@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -96,12 +97,15 @@ def unsupported(values: Tensor, latent_dim: int, model: ElboModel) -> str | None
     return None
 
 
-def elbo_step_(table: RowState, batch: Batch, shared: SharedState, model: ElboModel) -> None:
+def elbo_step_(
+    table: RowState, batch: Batch, shared: SharedState, model: ElboModel, kept: dict[Any, Any] | None = None
+) -> None:
     """One step on the mean over rows of -log p(x_observed | z) + kl_weight KL, in place (eq. 2; docs/math.md).
 
     batch: rows without repeats; x and mask of all rows of the data, read at `rows`, or the batch's own, `gathered`; x
     of any dtype, times x_scale; mask bool, or its bits, or None (NaN is missing). Moves the rows, the shared
-    parameters, the clock, the noise's step number, and `shared.loss`.
+    parameters, the clock, the noise's step number, and `shared.loss`. kept: a dict of the caller's, for what
+    steps of the same parameters need not make anew.
     """
     columns = shared_columns(shared, table, model)
     cells = len(batch.rows) if batch.gathered else table.values.shape[0]
@@ -115,26 +119,36 @@ def elbo_step_(table: RowState, batch: Batch, shared: SharedState, model: ElboMo
         rows = rows[: int(batch.present)]
     check_distinct_rows(rows, table.values.shape[0])
     if len(batch.rows):
-        apart = torch.compiler.is_compiling() or batch.rows.is_cuda  # else the boundary is dear: 36 arguments
-        run = _elbo_step_ if apart else _run
-        run(*table, *batch._replace(rows=batch.rows.long().contiguous()), *shared, *model)
+        batch = batch._replace(rows=batch.rows.long().contiguous())
+        if torch.compiler.is_compiling() or batch.rows.is_cuda:
+            _elbo_step_(*table, *batch, *shared, *model)
+        else:
+            _take(table, batch, shared, model, {} if kept is None else kept)  # the boundary is dear: 36 arguments
 
 
 def shared_columns(shared: SharedState, table: RowState, model: ElboModel) -> int:
     """D, from the number of shared parameters."""
-    latent_dim = (table.values.shape[2] - sum(model.groups)) // 2
-    fixed, one = (sum(torch.Size(s).numel() for s in model.shared_shapes(latent_dim, d)) for d in (0, 1))
-    return (shared.weights.shape[1] - fixed) // (one - fixed)
+    fixed, one = _shared_sizes(model, (table.values.shape[2] - sum(model.groups)) // 2)
+    return (shared.weights.shape[1] - fixed) // one
+
+
+@functools.lru_cache(maxsize=16)
+def _shared_sizes(model: ElboModel, latent_dim: int) -> tuple[int, int]:
+    """Shared parameters of a model of no columns, and those that one more column adds."""
+    none, one = (sum(torch.Size(s).numel() for s in model.shared_shapes(latent_dim, d)) for d in (0, 1))
+    return none, one - none
 
 
 def _run(*args: Any) -> None:
-    table, batch = RowState(*args[:9]), Batch(*args[9:15])
-    shared, model = SharedState(*args[15:21]), ElboModel(*args[21:])
+    _take(RowState(*args[:9]), Batch(*args[9:15]), SharedState(*args[15:21]), ElboModel(*args[21:]), {})
+
+
+def _take(table: RowState, batch: Batch, shared: SharedState, model: ElboModel, kept: dict[Any, Any]) -> None:
     latent_dim = (table.values.shape[2] - sum(model.groups)) // 2
     if dispatch.use_triton("elbo_step", table.values.device, unsupported(table.values, latent_dim, model)):
         launch(table, batch, shared, model)
-    elif table.values.device.type == "cpu":
-        elbo_cpu.step(table, batch, shared, model)
+    elif dispatch.use_numba(table.values.device):
+        elbo_cpu.step(table, batch, shared, model, kept)
     else:
         _equations(table, batch, shared, model)
 

@@ -1,9 +1,8 @@
-"""The fused training step on a CPU: its backward by hand, products by BLAS, arrays that stay from step to step.
+"""The fused training step on a CPU: its backward by hand, products by BLAS, the rest in compiled loops.
 
-What it computes stands in `elbo._equations`. Elementwise work is in place: an array of a batch's cells that is made
-anew costs more in page faults than the arithmetic on it. Part of it is NumPy's: torch.sqrt takes forty times as long
-where it meets zeros, and a conversion of a random mask, or torch.where, several times as long as arithmetic on its
-bits. docs/performance.md has the times.
+What it computes stands in `elbo._equations`. Between steps the caches fill with a batch's data, so that a call of
+PyTorch costs several times what it does in a loop of its own: whatever stays from step to step is made once, in
+`Arrays`, views of the parameters too. docs/performance.md has the times.
 """
 
 from __future__ import annotations
@@ -15,20 +14,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from .. import reference
-from ..clock import AdamClock
+from ..clock import EPS_MEETS_GRADIENT, AdamClock
 from ..reference import HALF_LOG_2PI, AdamHyper
-from . import clock_cpu
-from .noise_cpu import philox_normal
 
 if TYPE_CHECKING:
     from .elbo import Batch, ElboModel, RowState, SharedState
 
 aten = torch.ops.aten
-KEPT = WeakTensorKeyDictionary()  # by a model's weights, arrays for the sizes of its batches
-SIZES = 2  # at most: an epoch's batches, and its last one
+SIZES = 2  # of batches that arrays are kept for: an epoch's, and its last one
 
 DERIVATIVES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {  # of (gradient, input, output)
     "relu": lambda g, a, h: aten.threshold_backward(g, h, 0),
@@ -39,175 +34,140 @@ DERIVATIVES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {  # of (gr
 
 
 class Arrays:
-    """Memory for one size of batch."""
+    """Memory for batches of one size, and views of it and of the shared parameters."""
 
-    def __init__(
-        self, dtype: torch.dtype, batch: int, columns: int, width: int, relays: int, features: int, shared: int
-    ):
-        def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-            return torch.empty(shape, dtype=dtype)
+    def __init__(self, batch: int, width: int, columns: int, shared: SharedState, model: ElboModel):
+        from .elbo import shared_views
 
-        self.state, self.grad = empty(batch, 3, width), empty(batch, width)
-        self.root, self.moved = empty(batch, width), empty(batch, width)
-        self.chosen, self.kept = empty(batch, relays, dtype=torch.bool), empty(batch, relays, dtype=torch.int8)
-        self.weight, self.by_weight = empty(batch, relays), empty(batch, relays)
-        self.features = empty(batch, features)
-        self.x, self.xhat = empty(batch, columns), empty(batch, columns)
-        self.observed = empty(batch, columns, dtype=torch.int8)  # -1, all bits set, or 0
-        self.shared_grad, self.shared_root = empty(shared), empty(shared)
+        num_relays = sum(model.groups)
+        latent_dim = (width - num_relays) // 2
+        shapes = model.shared_shapes(latent_dim, columns)
 
+        def empty(*shape: int) -> Tensor:
+            return torch.empty(shape, dtype=shared.weights.dtype)
 
-def _arrays(weights: Tensor, *sizes: int) -> Arrays:
-    kept = KEPT.setdefault(weights, {})
-    if sizes not in kept:
-        if len(kept) == SIZES:
-            kept.clear()
-        kept[sizes] = Arrays(weights.dtype, *sizes)
-    return kept[sizes]
+        self.groups, self.active = np.array(model.groups, np.int64), np.array(model.active, np.int64)
+        self.p, self.m, self.v, self.grad = (empty(batch, width) for _ in range(4))
+        self.apart = np.empty(batch, np.int64)  # rows that the loops leave to the equations
+        spans = [num_relays, latent_dim, latent_dim]
+        _, self.residual, self.log_std = self.p.split(spans, dim=1)
+        self.by_coef, self.by_mean, _ = self.grad.split(spans, dim=1)
+        self.bits = self.p.view(reference.INTEGERS[self.p.itemsize]).numpy()
+        self.weight, self.kept = empty(batch, num_relays), np.empty((batch, num_relays), bool)
+        self.radius, self.angle, self.cosine = (empty(batch, 2 * -(-latent_dim // 4)) for _ in range(3))
+        self.mean, self.sigma, self.spread, self.z = (empty(batch, latent_dim) for _ in range(4))
+        self.features, self.xhat = empty(batch, shapes[-2 - model.learned][1]), empty(batch, columns)
+        self.squares, self.count, self.in_order = np.empty(columns), np.empty(columns), np.arange(batch)
+        self.shared_grad = torch.empty_like(shared.weights[0])
+        self.relays, *self.layers = shared_views(shared.weights[0], shapes)
+        self.by_relays, *self.by_layers = shared_views(self.shared_grad, shapes)
+
+    def moving(self) -> tuple[np.ndarray, ...]:
+        """The rows' p, m and v."""
+        return self.p.numpy(), self.m.numpy(), self.v.numpy()
 
 
 @torch.no_grad()
 @torch.autocast("cpu", enabled=False)
-def step(table: RowState, batch: Batch, shared: SharedState, model: ElboModel) -> None:
-    """As elbo_step_, on rows in memory that the CPU reaches."""
+def step(
+    table: RowState, batch: Batch, shared: SharedState, model: ElboModel, kept: dict[tuple[int, ...], Arrays]
+) -> None:
+    """As elbo_step_, on rows in memory that the CPU reaches. kept: arrays of earlier steps of the same parameters."""
     rows = batch.rows[: int(batch.present)]
-    num_relays, width = sum(model.groups), table.values.shape[2]
-    latent_dim = (width - num_relays) // 2
-    columns = batch.x.shape[1]
-    shapes = model.shared_shapes(latent_dim, columns)
-    sizes = len(rows), columns, width, num_relays, shapes[-2 - model.learned][1], shared.weights.shape[1]
-    a = _arrays(shared.weights, *sizes)
+    size = len(rows), table.values.shape[2], batch.x.shape[1]
+    if size not in kept:
+        if len(kept) == SIZES:
+            kept.clear()
+        kept[size] = Arrays(*size, shared, model)
+    a = kept[size]
     clock = AdamClock.of(table.history, table.counters, table.constants, table.rates)
-    last = table.last[rows]
 
-    _read_rows(table, rows, last, clock, a)
-    nll, kl = _losses_and_gradients(table, batch, rows, shared, model, shapes, a)
+    _read_rows(table, rows, clock, a)
+    nll, kl = _losses_and_gradients(table, batch, rows, model, a)
     lr, weight_decay = table.rates.tolist()
-    p, m, v = a.state.unbind(1)
-    number = clock.next_step(last)
-    _adam(p, m, v, a.grad, a.root, number, lr, weight_decay, clock.hyper)
-    table.values.numpy()[rows.numpy()] = a.state.numpy()
-    torch.autograd.graph.increment_version(table.values)  # of which NumPy knows nothing
-    table.last.numpy()[rows.numpy()] = clock.touched(last)
-    clock_cpu.advance(clock, lr, weight_decay)
+    _step_rows(table, rows, clock, lr, weight_decay, a)
+    _advance(clock, lr, weight_decay)
     table.noise_step.add_(1)
     _step_shared(shared, a)
-    shared.loss[0] = torch.tensor((nll, kl, len(rows)), dtype=torch.float64)
-    shared.loss[1] += shared.loss[0]
+    loss = shared.loss.numpy()
+    loss[0] = nll, kl, len(rows)
+    loss[1] += loss[0]
 
 
-def _read_rows(table: RowState, rows: Tensor, last: Tensor, clock: AdamClock, a: Arrays) -> None:
-    """The rows' p, m and v into a.state, brought up to date (reference.catch_up)."""
-    np.take(table.values.numpy(), rows.numpy(), axis=0, out=a.state.numpy(), mode="clip")  # rows were checked
-    if clock.index == 0:
-        return
-    p, m, v = a.state.unbind(1)
-    missed = clock_cpu.missed(clock, last)
-    exact = clock.exact_entries(p, m, v, last, missed)
-    w1, e1, w2, e2, decay, decay_m, decay_v = torch.stack(missed).to(p.dtype)[:, :, None]
-    eps, least = clock.hyper.eps, reference.least_root(p.dtype)  # which vanishes beside any root but 0
-    _sqrt(v, a.root)
-    torch.add(a.root, e1.mul_(eps).clamp_min_(least), out=a.moved)
-    a.root.add_(e2.mul_(eps).clamp_min_(least))
-    torch.div(w1, a.moved, out=a.moved)
-    torch.div(w2, a.root, out=a.root)
-    p.addcmul_(m, a.moved.add_(a.root), value=-1)
-    if clock.history[clock_cpu.LOG_DECAY, clock.index]:
-        p.mul_(decay)
-    m.mul_(decay_m)
-    v.mul_(decay_v)
-    for at, values in exact:
-        p[at] = values
+def _read_rows(table: RowState, rows: Tensor, clock: AdamClock, a: Arrays) -> None:
+    """The rows' p, m and v into a.p, a.m and a.v, brought up to date (reference.catch_up)."""
+    from ..loops import adam
+
+    hyper, least = clock.hyper, reference.least_root(table.values.dtype)
+    found = len(rows)
+    if clock.closed_form:
+        found = adam.read_rows(
+            table.values.flatten(1).numpy(), rows.numpy(), table.last.numpy(), clock.history.numpy(), clock.index,
+            *hyper.logs(), hyper.eps, least, clock.inexact_before, EPS_MEETS_GRADIENT, *a.moving(), a.apart,
+        )  # fmt: skip
+    else:
+        a.apart[:] = a.in_order
+    if found:
+        apart = torch.from_numpy(a.apart[:found])
+        at = rows[apart]
+        p, m, v = table.values[at].unbind(1)
+        caught_up = clock.catch_up(p, m, v, table.last[at])
+        for kept, values in zip((a.p, a.m, a.v), caught_up, strict=True):
+            kept[apart] = values
 
 
 def _losses_and_gradients(
-    table: RowState,
-    batch: Batch,
-    rows: Tensor,
-    shared: SharedState,
-    model: ElboModel,
-    shapes: list[tuple[int, ...]],
-    a: Arrays,
+    table: RowState, batch: Batch, rows: Tensor, model: ElboModel, a: Arrays
 ) -> tuple[float, float]:
     """Sums of nll and kl; gradients of the mean over rows into a.grad and a.shared_grad."""
-    from .elbo import shared_views
+    from ..loops import relays as loops
 
-    num_relays, latent_dim = shapes[0]
-    spans = [num_relays, latent_dim, latent_dim]
-    coef, residual, log_std = a.state[:, 0].split(spans, dim=1)
-    by_coef, by_mean, by_log_std = a.grad.split(spans, dim=1)
-    relays, *layers = shared_views(shared.weights[0], shapes)
-    by_relays, *by_layers = shared_views(a.shared_grad, shapes)
+    loops.select(a.p.numpy(), a.bits, a.groups, a.active, a.weight.numpy(), a.kept)
+    torch.addmm(a.residual, a.weight, a.relays, out=a.mean)
+    noise = box_muller(table.seed, "train", int(table.noise_step), rows, a)
+    mean, sigma, spread = a.mean.numpy(), a.sigma.numpy(), a.spread.numpy()
+    np.exp(a.log_std.numpy(), out=sigma)
+    kl = loops.sample(mean, a.p.numpy(), sigma, *noise, spread, a.z.numpy())
 
-    _select(coef, model, a)
-    _kept_bits(coef, a.kept, out=a.weight)
-    mean = torch.addmm(residual, a.weight, relays)
-    noise = philox_normal(table.seed, "train", int(table.noise_step), rows, latent_dim, coef.dtype)
-    sigma = torch.from_numpy(np.exp(log_std.numpy()))
-    spread = sigma * noise
-    z = mean + spread
-
-    nll, by_z = _decode(z, batch, rows, model, layers, by_layers, a)
-    share = model.kl_weight / len(rows)
-    variance = sigma.square_()
-    kl = float((0.5 * (mean.square() + variance) - log_std).sum(1).double().sum()) - 0.5 * mean.numel()
-    torch.add(by_z, mean, alpha=share, out=by_mean)
-    torch.mul(by_z, spread, out=by_log_std)
-    by_log_std.add_(variance.sub_(1), alpha=share)
-    torch.mm(by_mean, relays.T, out=a.by_weight)
-    _kept_bits(a.by_weight, a.kept, out=by_coef)
-    torch.mm(a.weight.T, by_mean, out=by_relays)
+    nll, by_z = _decode(batch, rows, model, a)
+    share, by_mean = model.kl_weight / len(rows), a.by_mean
+    loops.sample_gradients(by_z.numpy(), mean, sigma, spread, share, a.grad.numpy())
+    torch.mm(by_mean, a.relays.T, out=a.by_coef)
+    loops.keep(a.grad.numpy(), a.kept)
+    torch.mm(a.weight.T, by_mean, out=a.by_relays)
     return nll, kl
 
 
-def _select(coef: Tensor, model: ElboModel, a: Arrays) -> None:
-    """-1 in a.kept at the selected coefficients, those of at least the |B|-th absolute value; 0 elsewhere."""
-    torch.abs(coef, out=a.weight)
-    # order and comparison of numbers of one sign are those of their bits, which NumPy partitions in half the time
-    magnitude, chosen = a.weight.view(reference.INTEGERS[coef.itemsize]).numpy(), a.chosen.numpy()
-    start = 0
-    for size, active in zip(model.groups, model.active, strict=True):
-        span = slice(start, start + size)
-        threshold = np.partition(magnitude[:, span], size - active, axis=1)[:, size - active]
-        np.greater_equal(magnitude[:, span], threshold[:, None], out=chosen[:, span])
-        start += size
-    if np.count_nonzero(chosen) > len(coef) * sum(model.active):  # ties
-        a.chosen.copy_(reference.selected(coef, model.groups, model.active))
-    torch.neg(a.chosen.view(torch.int8), out=a.kept)
+def box_muller(
+    seed: int, stream: str, step: int, row_ids: Tensor, a: Arrays, draw: int = 0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """radius, cosine and sine [B, P] by whose products reference.philox_normal has its normals, to the bit."""
+    from ..loops.philox import uniforms
+
+    number = reference.STREAMS[stream] << 28 | draw << 12
+    ids = row_ids.numpy().view(np.uint64)
+    uniforms(np.uint64(int(seed) % 2**64), np.uint64(step), np.uint64(number), ids, a.radius.numpy(), a.angle.numpy())
+    cosine, sine = torch.cos(a.angle, out=a.cosine), a.angle.sin_()
+    return a.radius.log_().mul_(-2.0).sqrt_().numpy(), cosine.numpy(), sine.numpy()
 
 
-def _kept_bits(x: Tensor, kept: Tensor, out: Tensor) -> None:
-    """x where `kept` is -1, 0 where it is 0, whatever x is there: NumPy widens `kept` with its sign, in its buffers."""
-    bits = reference.INTEGERS[x.itemsize]
-    np.bitwise_and(x.view(bits).numpy(), kept.numpy(), out=out.view(bits).numpy())
-
-
-def _decode(
-    z: Tensor,
-    batch: Batch,
-    rows: Tensor,
-    model: ElboModel,
-    layers: list[Tensor],
-    by_layers: list[Tensor],
-    a: Arrays,
-) -> tuple[float, Tensor]:
-    """The sum of nll, and the gradient of its mean by z [B, T]; those of the layers into by_layers."""
-    depth = len(model.hidden)
+def _decode(batch: Batch, rows: Tensor, model: ElboModel, a: Arrays) -> tuple[float, Tensor]:
+    """The sum of nll, and the gradient of its mean by z [B, T]; those of the layers into a.by_layers."""
+    depth, layers, by_layers = len(model.hidden), a.layers, a.by_layers
     activation = reference.ACTIVATIONS[model.activation]
-    inputs, before = [z], []
+    inputs, before = [a.z], []
     for weight, bias in zip(layers[: 2 * depth : 2], layers[1 : 2 * depth : 2], strict=True):
         before.append(torch.addmm(bias, inputs[-1], weight.T))
         inputs.append(activation(before[-1]))
-    features = torch.cat((inputs[-1], z), dim=1, out=a.features) if model.linear_path else inputs[-1]
+    features = torch.cat((inputs[-1], a.z), dim=1, out=a.features) if model.linear_path else inputs[-1]
     weight, bias = layers[2 * depth : 2 * depth + 2]
     torch.addmm(bias, features, weight.T, out=a.xhat)
-    nll = _loss(batch, rows, model, layers, by_layers, a)  # a.xhat now holds the gradient
+    nll = _loss(batch, rows, model, a)  # a.xhat now holds the gradient
     torch.mm(a.xhat.T, features, out=by_layers[2 * depth])
-    torch.sum(a.xhat, dim=0, out=by_layers[2 * depth + 1])
     grad = a.xhat @ weight
     by_linear = None
     if model.linear_path:
-        grad, by_linear = grad[:, : grad.shape[1] - z.shape[1]], grad[:, grad.shape[1] - z.shape[1] :]
+        grad, by_linear = grad[:, : -a.z.shape[1]], grad[:, -a.z.shape[1] :]
     for i in reversed(range(depth)):
         grad = DERIVATIVES[model.activation](grad, before[i], inputs[i + 1])
         torch.mm(grad.T, inputs[i], out=by_layers[2 * i])
@@ -216,91 +176,67 @@ def _decode(
     return nll, grad if by_linear is None else grad + by_linear
 
 
-def _read_cells(batch: Batch, rows: Tensor, a: Arrays) -> tuple[Tensor, np.ndarray]:
-    """x [B, D] of the model's dtype, anything in its holes, and which are observed; these in a.observed, too."""
-    x, mask = batch.x, batch.mask
+def _loss(batch: Batch, rows: Tensor, model: ElboModel, a: Arrays) -> float:
+    """The sum of nll; the gradient of its mean over rows replaces a.xhat, and its sum goes to the last bias."""
+    from ..loops import likelihood
+
+    x, mask, at = batch.x, batch.mask, rows.numpy()
     if batch.gathered:
-        x, mask = x[: len(rows)], None if mask is None else mask[: len(rows)]
-    else:
-        x = torch.index_select(x, 0, rows, out=a.x) if x.dtype == a.x.dtype else x[rows]
-        mask = None if mask is None else mask[rows]
-    if mask is None:
-        observed = np.equal(x.numpy(), x.numpy()) if x.dtype != torch.bfloat16 else (~x.isnan()).numpy()  # no NaN
-    elif mask.dtype == torch.uint8:
-        observed = np.unpackbits(mask.numpy(), axis=1, count=x.shape[1], bitorder="little").view(bool)
-    else:
-        observed = mask.numpy()
-    np.negative(observed.view(np.int8), out=a.observed.numpy())
-    if x.dtype != a.x.dtype or batch.x_scale != 1:
-        x = a.x.copy_(x) if batch.x_scale == 1 else a.x.copy_(x).mul_(batch.x_scale)
-    return x, observed
-
-
-def _loss(
-    batch: Batch, rows: Tensor, model: ElboModel, layers: list[Tensor], by_layers: list[Tensor], a: Arrays
-) -> float:
-    """The sum of nll; the gradient of its mean over rows replaces a.xhat."""
-    x, observed = _read_cells(batch, rows, a)
-    share = 1 / len(rows)
+        at = a.in_order
+    if x.dtype not in (a.xhat.dtype, torch.uint8):
+        x, mask, at = x[at].to(a.xhat.dtype), None if mask is None else mask[at], a.in_order
+    cells = x.numpy(), batch.x_scale, None if mask is None else mask.view(torch.uint8).numpy(), at
+    xhat, by_bias, share = a.xhat.numpy(), a.by_layers[2 * len(model.hidden) + 1].numpy(), 1 / len(rows)
     if model.likelihood == "bernoulli":
-        cross_entropy = torch.nn.functional.softplus(a.xhat).addcmul_(a.xhat, x, value=-1)
-        _kept_bits(cross_entropy, a.observed, out=cross_entropy)
-        r = a.xhat.sigmoid_().sub_(x)
-        _kept_bits(r, a.observed, out=r)
-        r.mul_(share)
-        return float(cross_entropy.sum(1).double().sum())
-    r = a.xhat.sub_(x)
-    _kept_bits(r, a.observed, out=r)
+        softplus, sigmoid = torch.nn.functional.softplus(a.xhat).numpy(), torch.sigmoid(a.xhat).numpy()
+        return likelihood.bernoulli(xhat, softplus, sigmoid, *cells, share, by_bias)
     if not model.learned:
-        nll = 0.5 / model.scale**2 * _sum_of_squares(r)
-        r.mul_(share / model.scale**2)
-        return nll + int(np.count_nonzero(observed)) * (math.log(model.scale) + HALF_LOG_2PI)
-    exponent = torch.exp(2 * layers[-1])
-    scale = torch.sqrt(model.scale**2 + exponent)
-    r.div_(scale)
-    squares = torch.square(r, out=a.x).sum(0)
-    count = torch.from_numpy(np.add.reduce(observed.view(np.int8), axis=0, dtype=np.int32)).to(r.dtype)
-    torch.mul((count - squares) / scale, exponent / scale * share, out=by_layers[-1])
-    r.mul_(share / scale)
-    return 0.5 * float(squares.double().sum()) + float(torch.dot(count.double(), (scale.log() + HALF_LOG_2PI).double()))
+        scale = np.full(xhat.shape[1], model.scale, xhat.dtype)
+        likelihood.gaussian(xhat, *cells, 1 / scale, share / scale, a.squares, a.count, by_bias)
+        return 0.5 * a.squares.sum() + a.count.sum() * (math.log(model.scale) + HALF_LOG_2PI)
+    exponent = torch.exp(2 * a.layers[-1])
+    by_scale = torch.sqrt(model.scale**2 + exponent)
+    scale = by_scale.numpy()
+    likelihood.gaussian(xhat, *cells, 1 / scale, share / scale, a.squares, a.count, by_bias)
+    by_log = (a.count - a.squares) / scale * (exponent.numpy() / scale * share)
+    a.by_layers[-1].copy_(torch.from_numpy(by_log))
+    return 0.5 * a.squares.sum() + a.count @ (np.log(scale.astype(np.float64)) + HALF_LOG_2PI)
 
 
-def _sum_of_squares(a: Tensor) -> float:
-    """Of [B, D], whose rows are added up in float64: one float32 sum would lose the last digits."""
-    return float(np.vecdot(a.numpy(), a.numpy()).sum(dtype=np.float64))
+def _step_rows(table: RowState, rows: Tensor, clock: AdamClock, lr: float, weight_decay: float, a: Arrays) -> None:
+    """Adam's step of the rows by a.grad, into the table."""
+    from ..loops import adam
+
+    factors = adam_factors(clock.steps + 1, lr, weight_decay, clock.hyper)
+    values, last = table.values.flatten(1).numpy(), table.last.numpy()
+    adam.step_rows(values, last, rows.numpy(), *a.moving(), a.grad.numpy(), *factors, clock.index + 1)
+    torch.autograd.graph.increment_version(table.values)  # of which NumPy knows nothing
 
 
-def _sqrt(v: Tensor, out: Tensor) -> None:
-    np.sqrt(v.numpy(), out=out.numpy())
-
-
-def _adam(
-    p: Tensor,
-    m: Tensor,
-    v: Tensor,
-    grad: Tensor,
-    root: Tensor,
-    number: int,
-    lr: float,
-    weight_decay: float,
-    hyper: AdamHyper,
-) -> None:
-    """reference.adamw_step, in place; grad and root are used up."""
+def adam_factors(number: int, lr: float, weight_decay: float, hyper: AdamHyper) -> tuple[float, ...]:
+    """What loops.adam.step takes besides arrays."""
     bc1, bc2 = hyper.bias_corrections_at(number)
-    m.lerp_(grad, 1 - hyper.beta1)
-    v.lerp_(grad.square_(), 1 - hyper.beta2)
-    _sqrt(v, root)
-    torch.add(torch.tensor(hyper.eps, dtype=root.dtype), root, alpha=1 / math.sqrt(bc2), out=root)
-    if weight_decay:
-        p.mul_(1 - lr * weight_decay)
-    p.addcdiv_(m, root, value=-lr / bc1)
+    return lr / bc1, 1 / math.sqrt(bc2), 1 - lr * weight_decay, *hyper
+
+
+def _advance(clock: AdamClock, lr: float, weight_decay: float) -> None:
+    """AdamClock.advance of a history that has room."""
+    from ..loops import adam
+
+    clock.replayed(1)
+    clock.counters.numpy()[0] = clock.index
+    window = (clock.window or 0) if clock.closed_form else 0
+    corrections = clock.hyper.bias_corrections_at(clock.steps)
+    adam.advance(clock.history.numpy(), clock.index, window, lr, weight_decay, *corrections, *clock.hyper.logs())
 
 
 def _step_shared(shared: SharedState, a: Arrays) -> None:
+    from ..loops import adam
+
     shared.steps.add_(1)
     beta1, beta2, _, _, eps = shared.constants.tolist()
     hyper, number = AdamHyper(beta1, beta2, eps), int(shared.steps[0])
-    spans = [slice(shared.second), *([slice(shared.second, None)] if shared.second < len(a.shared_grad) else [])]
-    for span, (lr, weight_decay) in zip(spans, shared.rates.tolist(), strict=False):
-        p, m, v = shared.weights[:, span]
-        _adam(p, m, v, a.shared_grad[span], a.shared_root[span], number, lr, weight_decay, hyper)
+    weights, grad = shared.weights.numpy(), a.shared_grad.numpy()
+    spans = slice(shared.second), slice(shared.second, None)
+    for span, (lr, weight_decay) in zip(spans, shared.rates.tolist(), strict=True):
+        adam.step(*weights[:, span], grad[span], *adam_factors(number, lr, weight_decay, hyper))

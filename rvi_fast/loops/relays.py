@@ -1,0 +1,180 @@
+"""Relays on a CPU: selection and the sample of z, with their gradients (reference.selected, gaussian_sample)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .jit import compiled
+
+
+@compiled
+def select(rows, bits, groups, active, weight, kept):
+    """kept [B, K]: the |B| largest of each group by absolute value, ties to the lower index; weight [B, K]: coef there.
+
+    rows [B, C] begin with their coefficients; bits: theirs, as integers, which without the sign order absolute values.
+    """
+    sign = np.iinfo(bits.dtype).max
+    guesses, strides = np.zeros(len(groups), np.int64), np.zeros(len(groups), np.int64)
+    scratch = np.empty(weight.shape[1], bits.dtype)
+    for b in range(len(rows)):
+        start = 0
+        for g in range(len(groups)):
+            stop, magnitude = start + groups[g], scratch[start : start + groups[g]]
+            without_sign(bits[b, start:stop], sign, magnitude)
+            threshold, extra, strides[g] = threshold_of(magnitude, active[g], guesses[g], strides[g])
+            guesses[g] = threshold
+            cut(magnitude, threshold, rows[b, start:stop], weight[b, start:stop], kept[b, start:stop])
+            if extra:
+                drop_ties(magnitude, threshold, extra, weight[b, start:stop], kept[b, start:stop])
+            start = stop
+
+
+@compiled
+def without_sign(bits, sign, magnitude):
+    for k in range(len(bits)):
+        magnitude[k] = bits[k] & sign
+
+
+@compiled
+def cut(magnitude, threshold, coef, weight, kept):
+    """coef [K] where magnitude reaches the threshold, 0 elsewhere."""
+    threshold, zero = magnitude.dtype.type(threshold), coef.dtype.type(0)
+    for k in range(len(kept)):
+        kept[k] = magnitude[k] >= threshold
+    for k in range(len(kept)):
+        value = coef[k]
+        weight[k] = value if kept[k] else zero
+
+
+@compiled
+def threshold_of(magnitude, active, guess, stride):
+    """t so that `active` of magnitude [K] are at least t, and 0; in a tie the |B|-th value, and how many too many.
+
+    Any t between the |B|-th value and the next will do, so it is sought by counting: from `guess`, a row before this
+    one's, by `stride` for each that is counted too many or too few, then between what lies on either side. Returns the
+    stride that would have been right, too.
+    """
+    size = len(magnitude)
+    if active == size:
+        return 0, 0, stride
+    low, high, of_low, of_high = 0, largest(magnitude) + 1, size, 0
+    at, turn = min(max(guess, 1), high - 1), 0
+    stride = max(stride, (high >> 12) + 1)
+    while high - low > 1:
+        count = at_least(magnitude, at)
+        if count == active:
+            return at, 0, stride
+        if count > active:
+            low, of_low = at, count
+        else:
+            high, of_high = at, count
+        turn += 1
+        if (turn > 8 and turn % 2) or turn > 16:
+            at = low + (high - low) // 2
+        elif of_low == size or of_high == 0:
+            at += (count - active) * stride
+        else:
+            stride = np.int64((high - low) * (1.0 / (of_low - of_high))) + 1
+            at = low + (of_low - active) * stride
+        at = min(max(at, low + 1), high - 1)
+    return low, of_low - active, stride
+
+
+@compiled
+def largest(magnitude):
+    most = magnitude[0]
+    for k in range(1, len(magnitude)):
+        most = max(most, magnitude[k])
+    return np.int64(most)
+
+
+@compiled
+def at_least(magnitude, threshold):
+    """How many of [K] reach the threshold."""
+    count, threshold = np.int32(0), magnitude.dtype.type(threshold)
+    for k in range(len(magnitude)):
+        count += np.int32(magnitude[k] >= threshold)
+    return count
+
+
+@compiled
+def drop_ties(magnitude, least, extra, weight, kept):
+    for k in range(len(kept) - 1, -1, -1):
+        if extra and magnitude[k] == least:
+            weight[k], kept[k] = 0, False
+            extra -= 1
+
+
+@compiled
+def sample(mean, rows, sigma, radius, cosine, sine, spread, z):
+    """spread [B, T] = sigma * noise and z = mean + spread, of noise by Box-Muller; the sum of KL(q || N(0, I)).
+
+    radius, cosine, sine: [B, P], of pairs of latents; log_std stands at the end of rows [B, C], sigma is its exp.
+    """
+    half, total, latents = mean.dtype.type(0.5), 0.0, mean.shape[1]
+    for b in range(len(mean)):
+        for t in range(latents):
+            noise = radius[b, t // 2] * (sine[b, t // 2] if t & 1 else cosine[b, t // 2])
+            spread[b, t] = sigma[b, t] * noise
+        add(mean[b], spread[b], z[b])
+        total += half * squares(mean[b], sigma[b]) - sum_of(rows[b, rows.shape[1] - latents :])
+    return total - 0.5 * mean.size
+
+
+@compiled
+def add(a, b, out):
+    for i in range(len(out)):
+        out[i] = a[i] + b[i]
+
+
+@compiled
+def squares(a, b):
+    total = a.dtype.type(0)
+    for i in range(len(a)):
+        total += a[i] * a[i] + b[i] * b[i]
+    return total
+
+
+@compiled
+def sum_of(a):
+    total = a.dtype.type(0)
+    for i in range(len(a)):
+        total += a[i]
+    return total
+
+
+@compiled
+def sample_gradients(by_z, mean, sigma, spread, share, grad):
+    """Gradients of nll + share * KL by mean and log_std [B, T], the last of grad [B, C], from that of nll by z."""
+    share, latents, width = mean.dtype.type(share), mean.shape[1], grad.shape[1]
+    for b in range(len(mean)):
+        by_mean, by_log_std = grad[b, width - 2 * latents : width - latents], grad[b, width - latents :]
+        of_mean(by_z[b], mean[b], share, by_mean)
+        of_log_std(by_z[b], spread[b], sigma[b], share, by_log_std)
+
+
+@compiled
+def of_mean(by_z, mean, share, out):
+    for t in range(len(out)):
+        out[t] = by_z[t] + share * mean[t]
+
+
+@compiled
+def of_log_std(by_z, spread, sigma, share, out):
+    for t in range(len(out)):
+        out[t] = by_z[t] * spread[t] + (share * (sigma[t] * sigma[t]) - share)
+
+
+@compiled
+def keep(grad, kept):
+    """0 where `kept` [B, K] is False, at the beginning of grad [B, C]: only selected coefficients have a gradient."""
+    for b in range(len(kept)):
+        keep_row(grad[b], kept[b])
+
+
+@compiled
+def keep_row(grad, kept):
+    zero = grad.dtype.type(0)
+    for k in range(len(kept)):
+        value = grad[k]
+        grad[k] = value if kept[k] else zero
