@@ -23,7 +23,7 @@ import torch
 from rvi_fast import reference
 from rvi_fast.clock import EPS_MEETS_GRADIENT, AdamClock
 from rvi_fast.loops import adam, likelihood, relays
-from rvi_fast.ops import elbo_cpu
+from rvi_fast.ops import elbo_cpu, rows_cpu
 from rvi_fast.ops.elbo import ElboModel, SharedState
 from rvi_fast.reference import AdamHyper
 
@@ -61,7 +61,7 @@ def _of_rows(a: elbo_cpu.Arrays, rows: torch.Tensor, normal: Callable[..., torch
         for _ in range(STEPS):
             each.advance(LR)
     flat, grad = values.flatten(1).numpy(), normal(BATCH, WIDTH)
-    factors = elbo_cpu.adam_factors(STEPS, LR, 0.0, HYPER)
+    factors = rows_cpu.adam_factors(STEPS, LR, 0.0, HYPER)
 
     def read() -> None:
         at, before, of_exact = rows.numpy(), last.numpy(), (clock_too.inexact_before, EPS_MEETS_GRADIENT)
@@ -105,12 +105,12 @@ def _of_cells(
         (
             "selection",
             lambda: reference.selected(a.p[:, : sum(GROUPS)], GROUPS, ACTIVE),
-            lambda: relays.select(a.p.numpy(), a.bits, a.groups, a.active, a.weight.numpy(), a.kept),
+            lambda: relays.select(a.p.numpy(), a.bits, a.groups, a.active, a.guesses, a.weight.numpy(), a.kept),
         ),
         (
             "noise",
             lambda: reference.philox_normal(0, "train", 7, rows, LATENTS),
-            lambda: elbo_cpu.box_muller(0, "train", 7, rows, a),
+            lambda: a._box_muller(0, "train", 7, rows, 0),
         ),
         (
             "cells gathered, loss and gradient",

@@ -91,6 +91,13 @@ def step(p, m, v, grad, size, root, keep, beta1, beta2, eps):
 
 
 @compiled
+def step_all(p, m, v, grad, size, root, keep, beta1, beta2, eps):
+    """`step` of p, m, v and grad [B, C]."""
+    for b in range(len(p)):
+        step(p[b], m[b], v[b], grad[b], size, root, keep, beta1, beta2, eps)
+
+
+@compiled
 def step_rows(values, last, rows, p, m, v, grad, size, root, keep, beta1, beta2, eps, touched):
     """`step` of p, m, v and grad [B, C], into `rows` of values [N, 3C]; `touched` into their `last`."""
     width = grad.shape[1]

@@ -39,22 +39,19 @@ def gaussian(xhat, x, x_scale, mask, rows, inverse_scale, factor, squares, count
     Columns' sums: of r^2 into squares [D] and of observed cells into count [D], both float64; of the gradient into
     by_bias [D].
     """
-    columns, zero = xhat.shape[1], xhat.dtype.type(0)
+    columns = xhat.shape[1]
     cells, observed = np.empty(columns, xhat.dtype), np.empty(columns, np.uint8)
     some_squares, some_count = np.zeros(columns, xhat.dtype), np.zeros(columns, np.uint8)
     squares[:], count[:], by_bias[:] = 0, 0, 0
     for b in range(len(xhat)):
         read_cells(x, x_scale, mask, rows[b], cells, observed)
         row = xhat[b]
-        for d in range(columns):
-            r = (row[d] - cells[d]) * inverse_scale[d]
-            row[d] = r if observed[d] else zero
+        residual(row, cells, observed, inverse_scale)
         for d in range(columns):
             some_squares[d] += row[d] * row[d]
         for d in range(columns):
             some_count[d] += observed[d]
-        for d in range(columns):
-            row[d] *= factor[d]
+        multiply(row, factor)
         for d in range(columns):
             by_bias[d] += row[d]
         if b % ROWS_AT_ONCE == 0 or b == len(xhat) - 1:
@@ -76,16 +73,80 @@ def bernoulli(logits, softplus, sigmoid, x, x_scale, mask, rows, share, by_bias)
 
     Returns the sum of nll, softplus - x * logit.
     """
-    columns, total = logits.shape[1], 0.0
-    share, zero = logits.dtype.type(share), logits.dtype.type(0)
+    columns, share, total = logits.shape[1], logits.dtype.type(share), 0.0
     cells, observed = np.empty(columns, logits.dtype), np.empty(columns, np.uint8)
     by_bias[:] = 0
     for b in range(len(logits)):
         read_cells(x, x_scale, mask, rows[b], cells, observed)
-        nll = zero
+        row = logits[b]
+        total += cross_entropy(row, softplus[b], cells, observed)
+        difference(sigmoid[b], cells, observed, row)
         for d in range(columns):
-            nll += softplus[b, d] - logits[b, d] * cells[d] if observed[d] else zero
-            logits[b, d] = (sigmoid[b, d] - cells[d]) * share if observed[d] else zero
-            by_bias[d] += logits[b, d]
-        total += nll
+            row[d] *= share
+        for d in range(columns):
+            by_bias[d] += row[d]
     return total
+
+
+@compiled
+def read_rows(x, x_scale, mask, rows, cells, observed):
+    """read_cells of rows [B], into cells and observed [B, D]."""
+    for b in range(len(rows)):
+        read_cells(x, x_scale, mask, rows[b], cells[b], observed[b])
+
+
+@compiled
+def gaussian_rows(xhat, cells, observed, inverse_scale, nll):
+    """Each row's gradient of nll replaces xhat [B, D]; nll [B], but for the scales' own terms."""
+    half = xhat.dtype.type(0.5)
+    for b in range(len(xhat)):
+        residual(xhat[b], cells[b], observed[b], inverse_scale)
+        nll[b] = half * sum_of_squares(xhat[b])
+        multiply(xhat[b], inverse_scale)
+
+
+@compiled
+def residual(xhat, cells, observed, inverse_scale):
+    zero = xhat.dtype.type(0)
+    for d in range(len(xhat)):
+        r = (xhat[d] - cells[d]) * inverse_scale[d]
+        xhat[d] = r if observed[d] else zero
+
+
+@compiled
+def sum_of_squares(a):
+    total = a.dtype.type(0)
+    for i in range(len(a)):
+        total += a[i] * a[i]
+    return total
+
+
+@compiled
+def multiply(a, factor):
+    for i in range(len(a)):
+        a[i] *= factor[i]
+
+
+@compiled
+def bernoulli_rows(logits, softplus, sigmoid, cells, observed, nll):
+    """Each row's gradient of nll replaces logits [B, D]; nll [B]."""
+    for b in range(len(logits)):
+        nll[b] = cross_entropy(logits[b], softplus[b], cells[b], observed[b])
+        difference(sigmoid[b], cells[b], observed[b], logits[b])
+
+
+@compiled
+def cross_entropy(logits, softplus, cells, observed):
+    total = zero = logits.dtype.type(0)
+    for d in range(len(logits)):
+        term = softplus[d] - logits[d] * cells[d]
+        total += term if observed[d] else zero
+    return total
+
+
+@compiled
+def difference(sigmoid, cells, observed, out):
+    zero = out.dtype.type(0)
+    for d in range(len(out)):
+        r = sigmoid[d] - cells[d]
+        out[d] = r if observed[d] else zero

@@ -8,21 +8,22 @@ from .jit import compiled
 
 
 @compiled
-def select(rows, bits, groups, active, weight, kept):
+def select(rows, bits, groups, active, guesses, weight, kept):
     """kept [B, K]: the |B| largest of each group by absolute value, ties to the lower index; weight [B, K]: coef there.
 
     rows [B, C] begin with their coefficients; bits: theirs, as integers, which without the sign order absolute values.
+    guesses: int64 [B, G], where to look for the groups' thresholds first, which are left there.
     """
     sign = np.iinfo(bits.dtype).max
-    guesses, strides = np.zeros(len(groups), np.int64), np.zeros(len(groups), np.int64)
+    strides = np.zeros(len(groups), np.int64)
     scratch = np.empty(weight.shape[1], bits.dtype)
     for b in range(len(rows)):
         start = 0
         for g in range(len(groups)):
             stop, magnitude = start + groups[g], scratch[start : start + groups[g]]
             without_sign(bits[b, start:stop], sign, magnitude)
-            threshold, extra, strides[g] = threshold_of(magnitude, active[g], guesses[g], strides[g])
-            guesses[g] = threshold
+            threshold, extra, strides[g] = threshold_of(magnitude, active[g], guesses[b, g], strides[g])
+            guesses[b, g] = threshold
             cut(magnitude, threshold, rows[b, start:stop], weight[b, start:stop], kept[b, start:stop])
             if extra:
                 drop_ties(magnitude, threshold, extra, weight[b, start:stop], kept[b, start:stop])
@@ -50,9 +51,9 @@ def cut(magnitude, threshold, coef, weight, kept):
 def threshold_of(magnitude, active, guess, stride):
     """t so that `active` of magnitude [K] are at least t, and 0; in a tie the |B|-th value, and how many too many.
 
-    Any t between the |B|-th value and the next will do, so it is sought by counting: from `guess`, a row before this
-    one's, by `stride` for each that is counted too many or too few, then between what lies on either side. Returns the
-    stride that would have been right, too.
+    Any t between the |B|-th value and the next will do, so it is sought by counting: from `guess` by `stride` for each
+    that is counted too many or too few, then between what lies on either side. Returns the stride that would have been
+    right, too.
     """
     size = len(magnitude)
     if active == size:
@@ -106,19 +107,19 @@ def drop_ties(magnitude, least, extra, weight, kept):
 
 
 @compiled
-def sample(mean, rows, sigma, radius, cosine, sine, spread, z):
-    """spread [B, T] = sigma * noise and z = mean + spread, of noise by Box-Muller; the sum of KL(q || N(0, I)).
+def sample(mean, rows, sigma, radius, cosine, sine, spread, z, kl):
+    """spread [B, T] = sigma * noise and z = mean + spread, of noise by Box-Muller; kl [B]: KL(q || N(0, I)).
 
     radius, cosine, sine: [B, P], of pairs of latents; log_std stands at the end of rows [B, C], sigma is its exp.
     """
-    half, total, latents = mean.dtype.type(0.5), 0.0, mean.shape[1]
+    half, latents = mean.dtype.type(0.5), mean.shape[1]
     for b in range(len(mean)):
+        log_std = rows[b, rows.shape[1] - latents :]
         for t in range(latents):
             noise = radius[b, t // 2] * (sine[b, t // 2] if t & 1 else cosine[b, t // 2])
             spread[b, t] = sigma[b, t] * noise
         add(mean[b], spread[b], z[b])
-        total += half * squares(mean[b], sigma[b]) - sum_of(rows[b, rows.shape[1] - latents :])
-    return total - 0.5 * mean.size
+        kl[b] = half * (squares(mean[b], sigma[b]) - latents) - sum_of(log_std)
 
 
 @compiled

@@ -8,7 +8,6 @@ PyTorch costs several times what it does in a loop of its own: whatever stays fr
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,53 +17,29 @@ from torch import Tensor
 from .. import reference
 from ..clock import EPS_MEETS_GRADIENT, AdamClock
 from ..reference import HALF_LOG_2PI, AdamHyper
+from .rows_cpu import Decoder, Rows, adam_factors
 
 if TYPE_CHECKING:
     from .elbo import Batch, ElboModel, RowState, SharedState
 
-aten = torch.ops.aten
 SIZES = 2  # of batches that arrays are kept for: an epoch's, and its last one
 
-DERIVATIVES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {  # of (gradient, input, output)
-    "relu": lambda g, a, h: aten.threshold_backward(g, h, 0),
-    "tanh": lambda g, a, h: aten.tanh_backward(g, h),
-    "silu": lambda g, a, h: aten.silu_backward(g, a),
-    "gelu": lambda g, a, h: aten.gelu_backward(g, a),
-}
 
-
-class Arrays:
+class Arrays(Rows):
     """Memory for batches of one size, and views of it and of the shared parameters."""
 
     def __init__(self, batch: int, width: int, columns: int, shared: SharedState, model: ElboModel):
         from .elbo import shared_views
 
-        num_relays = sum(model.groups)
-        latent_dim = (width - num_relays) // 2
-        shapes = model.shared_shapes(latent_dim, columns)
-
-        def empty(*shape: int) -> Tensor:
-            return torch.empty(shape, dtype=shared.weights.dtype)
-
-        self.groups, self.active = np.array(model.groups, np.int64), np.array(model.active, np.int64)
-        self.p, self.m, self.v, self.grad = (empty(batch, width) for _ in range(4))
-        self.apart = np.empty(batch, np.int64)  # rows that the loops leave to the equations
-        spans = [num_relays, latent_dim, latent_dim]
-        _, self.residual, self.log_std = self.p.split(spans, dim=1)
-        self.by_coef, self.by_mean, _ = self.grad.split(spans, dim=1)
-        self.bits = self.p.view(reference.INTEGERS[self.p.itemsize]).numpy()
-        self.weight, self.kept = empty(batch, num_relays), np.empty((batch, num_relays), bool)
-        self.radius, self.angle, self.cosine = (empty(batch, 2 * -(-latent_dim // 4)) for _ in range(3))
-        self.mean, self.sigma, self.spread, self.z = (empty(batch, latent_dim) for _ in range(4))
-        self.features, self.xhat = empty(batch, shapes[-2 - model.learned][1]), empty(batch, columns)
-        self.squares, self.count, self.in_order = np.empty(columns), np.empty(columns), np.arange(batch)
+        shapes = model.shared_shapes((width - sum(model.groups)) // 2, columns)
         self.shared_grad = torch.empty_like(shared.weights[0])
-        self.relays, *self.layers = shared_views(shared.weights[0], shapes)
+        relays, *layers = shared_views(shared.weights[0], shapes)
         self.by_relays, *self.by_layers = shared_views(self.shared_grad, shapes)
-
-    def moving(self) -> tuple[np.ndarray, ...]:
-        """The rows' p, m and v."""
-        return self.p.numpy(), self.m.numpy(), self.v.numpy()
+        self.log_scale = layers.pop() if model.learned else None
+        super().__init__(batch, width, relays, model)
+        self.decoder = Decoder(batch, layers, model)
+        self.apart, self.in_order = np.empty(batch, np.int64), np.arange(batch)  # rows left to the equations; all
+        self.squares, self.count = np.empty(columns), np.empty(columns)
 
 
 @torch.no_grad()
@@ -120,81 +95,34 @@ def _losses_and_gradients(
     table: RowState, batch: Batch, rows: Tensor, model: ElboModel, a: Arrays
 ) -> tuple[float, float]:
     """Sums of nll and kl; gradients of the mean over rows into a.grad and a.shared_grad."""
-    from ..loops import relays as loops
-
-    loops.select(a.p.numpy(), a.bits, a.groups, a.active, a.weight.numpy(), a.kept)
-    torch.addmm(a.residual, a.weight, a.relays, out=a.mean)
-    noise = box_muller(table.seed, "train", int(table.noise_step), rows, a)
-    mean, sigma, spread = a.mean.numpy(), a.sigma.numpy(), a.spread.numpy()
-    np.exp(a.log_std.numpy(), out=sigma)
-    kl = loops.sample(mean, a.p.numpy(), sigma, *noise, spread, a.z.numpy())
-
-    nll, by_z = _decode(batch, rows, model, a)
-    share, by_mean = model.kl_weight / len(rows), a.by_mean
-    loops.sample_gradients(by_z.numpy(), mean, sigma, spread, share, a.grad.numpy())
-    torch.mm(by_mean, a.relays.T, out=a.by_coef)
-    loops.keep(a.grad.numpy(), a.kept)
-    torch.mm(a.weight.T, by_mean, out=a.by_relays)
-    return nll, kl
-
-
-def box_muller(
-    seed: int, stream: str, step: int, row_ids: Tensor, a: Arrays, draw: int = 0
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """radius, cosine and sine [B, P] by whose products reference.philox_normal has its normals, to the bit."""
-    from ..loops.philox import uniforms
-
-    number = reference.STREAMS[stream] << 28 | draw << 12
-    ids = row_ids.numpy().view(np.uint64)
-    uniforms(np.uint64(int(seed) % 2**64), np.uint64(step), np.uint64(number), ids, a.radius.numpy(), a.angle.numpy())
-    cosine, sine = torch.cos(a.angle, out=a.cosine), a.angle.sin_()
-    return a.radius.log_().mul_(-2.0).sqrt_().numpy(), cosine.numpy(), sine.numpy()
-
-
-def _decode(batch: Batch, rows: Tensor, model: ElboModel, a: Arrays) -> tuple[float, Tensor]:
-    """The sum of nll, and the gradient of its mean by z [B, T]; those of the layers into a.by_layers."""
-    depth, layers, by_layers = len(model.hidden), a.layers, a.by_layers
-    activation = reference.ACTIVATIONS[model.activation]
-    inputs, before = [a.z], []
-    for weight, bias in zip(layers[: 2 * depth : 2], layers[1 : 2 * depth : 2], strict=True):
-        before.append(torch.addmm(bias, inputs[-1], weight.T))
-        inputs.append(activation(before[-1]))
-    features = torch.cat((inputs[-1], a.z), dim=1, out=a.features) if model.linear_path else inputs[-1]
-    weight, bias = layers[2 * depth : 2 * depth + 2]
-    torch.addmm(bias, features, weight.T, out=a.xhat)
-    nll = _loss(batch, rows, model, a)  # a.xhat now holds the gradient
-    torch.mm(a.xhat.T, features, out=by_layers[2 * depth])
-    grad = a.xhat @ weight
-    by_linear = None
-    if model.linear_path:
-        grad, by_linear = grad[:, : -a.z.shape[1]], grad[:, -a.z.shape[1] :]
-    for i in reversed(range(depth)):
-        grad = DERIVATIVES[model.activation](grad, before[i], inputs[i + 1])
-        torch.mm(grad.T, inputs[i], out=by_layers[2 * i])
-        torch.sum(grad, dim=0, out=by_layers[2 * i + 1])
-        grad = grad @ layers[2 * i]
-    return nll, grad if by_linear is None else grad + by_linear
+    a.sample(table.seed, "train", int(table.noise_step), rows)
+    a.decoder.decode(a.z)
+    nll = _loss(batch, rows, model, a)
+    a.gradient(a.decoder.gradient(a.by_layers), model.kl_weight / len(rows))
+    torch.mm(a.weight.T, a.by_mean, out=a.by_relays)
+    return nll, float(a.kl.sum(dtype=np.float64))
 
 
 def _loss(batch: Batch, rows: Tensor, model: ElboModel, a: Arrays) -> float:
-    """The sum of nll; the gradient of its mean over rows replaces a.xhat, and its sum goes to the last bias."""
+    """The sum of nll; the gradient of its mean over rows replaces xhat, and its sum over rows is the last bias's."""
     from ..loops import likelihood
 
     x, mask, at = batch.x, batch.mask, rows.numpy()
     if batch.gathered:
         at = a.in_order
-    if x.dtype not in (a.xhat.dtype, torch.uint8):
-        x, mask, at = x[at].to(a.xhat.dtype), None if mask is None else mask[at], a.in_order
+    if x.dtype not in (a.p.dtype, torch.uint8):
+        x, mask, at = x[at].to(a.p.dtype), None if mask is None else mask[at], a.in_order
     cells = x.numpy(), batch.x_scale, None if mask is None else mask.view(torch.uint8).numpy(), at
-    xhat, by_bias, share = a.xhat.numpy(), a.by_layers[2 * len(model.hidden) + 1].numpy(), 1 / len(rows)
+    logits = a.decoder.xhat
+    xhat, by_bias, share = logits.numpy(), a.by_layers[2 * len(model.hidden) + 1].numpy(), 1 / len(rows)
     if model.likelihood == "bernoulli":
-        softplus, sigmoid = torch.nn.functional.softplus(a.xhat).numpy(), torch.sigmoid(a.xhat).numpy()
+        softplus, sigmoid = torch.nn.functional.softplus(logits).numpy(), torch.sigmoid(logits).numpy()
         return likelihood.bernoulli(xhat, softplus, sigmoid, *cells, share, by_bias)
-    if not model.learned:
+    if a.log_scale is None:
         scale = np.full(xhat.shape[1], model.scale, xhat.dtype)
         likelihood.gaussian(xhat, *cells, 1 / scale, share / scale, a.squares, a.count, by_bias)
         return 0.5 * a.squares.sum() + a.count.sum() * (math.log(model.scale) + HALF_LOG_2PI)
-    exponent = torch.exp(2 * a.layers[-1])
+    exponent = torch.exp(2 * a.log_scale)
     by_scale = torch.sqrt(model.scale**2 + exponent)
     scale = by_scale.numpy()
     likelihood.gaussian(xhat, *cells, 1 / scale, share / scale, a.squares, a.count, by_bias)
@@ -211,12 +139,6 @@ def _step_rows(table: RowState, rows: Tensor, clock: AdamClock, lr: float, weigh
     values, last = table.values.flatten(1).numpy(), table.last.numpy()
     adam.step_rows(values, last, rows.numpy(), *a.moving(), a.grad.numpy(), *factors, clock.index + 1)
     torch.autograd.graph.increment_version(table.values)  # of which NumPy knows nothing
-
-
-def adam_factors(number: int, lr: float, weight_decay: float, hyper: AdamHyper) -> tuple[float, ...]:
-    """What loops.adam.step takes besides arrays."""
-    bc1, bc2 = hyper.bias_corrections_at(number)
-    return lr / bc1, 1 / math.sqrt(bc2), 1 - lr * weight_decay, *hyper
 
 
 def _advance(clock: AdamClock, lr: float, weight_decay: float) -> None:

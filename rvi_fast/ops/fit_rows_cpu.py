@@ -1,0 +1,87 @@
+"""Inference of a block of rows on a CPU: relays and decoder frozen, so that a step goes back no further than to z."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..reference import HALF_LOG_2PI, AdamHyper
+from .rows_cpu import Decoder, Rows, adam_factors
+
+if TYPE_CHECKING:
+    from .elbo import ElboModel
+
+
+class Block(Rows):
+    """Rows that are fitted together; each result is its own row's alone."""
+
+    def __init__(
+        self, start: Tensor, row_ids: Tensor, x: Tensor, mask: Tensor | None, x_scale: float,
+        relays: Tensor, layers: list[Tensor], scale: Tensor, model: ElboModel, seed: int,
+    ):  # fmt: skip
+        from ..loops import likelihood
+
+        size, columns = x.shape
+        super().__init__(size, start.shape[1], relays, model)
+        self.p.copy_(start)
+        self.m.zero_(), self.v.zero_(), self.grad.zero_()
+        self.row_ids, self.model, self.seed = row_ids, model, seed
+        self.decoder = Decoder(size, layers, model)
+        self.cells, self.observed = np.empty((size, columns), self.kl.dtype), np.empty((size, columns), np.uint8)
+        x = x if x.dtype in (start.dtype, torch.uint8) else x.to(start.dtype)
+        holes = None if mask is None else mask.view(torch.uint8).numpy()
+        likelihood.read_rows(x.numpy(), x_scale, holes, np.arange(size), self.cells, self.observed)
+        scales = scale.expand(columns).contiguous().numpy()
+        self.inverse_scale = 1 / scales
+        self.of_scales = self.observed @ (np.log(scales, dtype=np.float64) + HALF_LOG_2PI)
+        self.nll = np.empty(size, self.kl.dtype)
+
+    def losses(self, step: int, draw: int = 0) -> None:
+        """nll [B] (of a Gaussian without its scales' terms) and kl [B] of one draw of z; the gradient of nll replaces
+        xhat."""
+        from ..loops import likelihood
+
+        self.sample(self.seed, "infer", step, self.row_ids, draw)
+        self.decoder.decode(self.z)
+        xhat = self.decoder.xhat
+        if self.model.likelihood == "bernoulli":
+            softplus, sigmoid = torch.nn.functional.softplus(xhat).numpy(), torch.sigmoid(xhat).numpy()
+            likelihood.bernoulli_rows(xhat.numpy(), softplus, sigmoid, self.cells, self.observed, self.nll)
+        else:
+            likelihood.gaussian_rows(xhat.numpy(), self.cells, self.observed, self.inverse_scale, self.nll)
+
+    def descend(self, step: int, lr: float, hyper: AdamHyper) -> None:
+        """Step number `step`, from 0, of Adam on each row's own loss."""
+        from ..loops import adam
+
+        self.losses(step)
+        self.gradient(self.decoder.gradient(), self.model.kl_weight)
+        adam.step_all(*self.moving(), self.grad.numpy(), *adam_factors(step + 1, lr, 0.0, hyper))
+
+    def elbo(self, draws: int) -> np.ndarray:
+        """Mean over draws 1 .. `draws` [B]."""
+        total = np.zeros(len(self.kl))
+        for draw in range(1, draws + 1):
+            self.losses(0, draw)
+            total -= self.nll + self.kl
+        total /= draws
+        return total if self.model.likelihood == "bernoulli" else total - self.of_scales
+
+
+@torch.no_grad()
+@torch.autocast("cpu", enabled=False)
+def fit_rows(
+    start: Tensor, row_ids: Tensor, x: Tensor, mask: Tensor | None, x_scale: float,
+    relays: Tensor, layers: list[Tensor], scale: Tensor, model: ElboModel,
+    rates: Sequence[float], hyper: AdamHyper, seed: int, draws: int,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """As ops.fit_rows, of rows in memory that the CPU reaches."""
+    block = Block(start, row_ids, x, mask, x_scale, relays, layers, scale, model, seed)
+    for step, lr in enumerate(rates):
+        block.descend(step, lr, hyper)
+    grad_norm = block.grad.norm(dim=1)
+    return block.p, block.v, torch.from_numpy(block.elbo(draws)).to(start.dtype), grad_norm

@@ -1,0 +1,133 @@
+"""What training and inference of rows share on a CPU: their samples and the decoder, forwards and backwards.
+
+Products are BLAS's, the rest compiled loops. Arrays stay from step to step: one that is made anew costs more in page
+faults than the arithmetic on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import reference
+
+if TYPE_CHECKING:
+    from .elbo import ElboModel
+
+aten = torch.ops.aten
+
+DERIVATIVES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {  # of (gradient, input, output)
+    "relu": lambda g, a, h: aten.threshold_backward(g, h, 0),
+    "tanh": lambda g, a, h: aten.tanh_backward(g, h),
+    "silu": lambda g, a, h: aten.silu_backward(g, a),
+    "gelu": lambda g, a, h: aten.gelu_backward(g, a),
+}
+
+
+class Rows:
+    """A batch's own parameters, their moments and gradient, and its sample of z."""
+
+    def __init__(self, batch: int, width: int, relays: Tensor, model: ElboModel):
+        num_relays, latent_dim = relays.shape
+
+        def empty(*shape: int) -> Tensor:
+            return torch.empty(shape, dtype=relays.dtype)
+
+        self.relays = relays
+        self.groups, self.active = np.array(model.groups, np.int64), np.array(model.active, np.int64)
+        self.guesses = np.zeros((batch, len(model.groups)), np.int64)
+        self.p, self.m, self.v, self.grad = (empty(batch, width) for _ in range(4))
+        spans = [num_relays, latent_dim, latent_dim]
+        _, self.residual, self.log_std = self.p.split(spans, dim=1)
+        self.by_coef, self.by_mean, _ = self.grad.split(spans, dim=1)
+        self.bits = self.p.view(reference.INTEGERS[self.p.itemsize]).numpy()
+        self.weight, self.kept = empty(batch, num_relays), np.empty((batch, num_relays), bool)
+        self.radius, self.angle, self.cosine = (empty(batch, 2 * -(-latent_dim // 4)) for _ in range(3))
+        self.mean, self.sigma, self.spread, self.z = (empty(batch, latent_dim) for _ in range(4))
+        self.kl = np.empty(batch, self.mean.numpy().dtype)
+
+    def moving(self) -> tuple[np.ndarray, ...]:
+        """p, m and v."""
+        return self.p.numpy(), self.m.numpy(), self.v.numpy()
+
+    def sample(self, seed: int, stream: str, step: int, row_ids: Tensor, draw: int = 0) -> None:
+        """z [B, T] and kl [B] of p (reference.row_losses)."""
+        from ..loops import relays as loops
+
+        of_groups = self.groups, self.active, self.guesses
+        loops.select(self.p.numpy(), self.bits, *of_groups, self.weight.numpy(), self.kept)
+        torch.addmm(self.residual, self.weight, self.relays, out=self.mean)
+        noise = self._box_muller(seed, stream, step, row_ids, draw)
+        sigma = self.sigma.numpy()
+        np.exp(self.log_std.numpy(), out=sigma)
+        loops.sample(self.mean.numpy(), self.p.numpy(), sigma, *noise, self.spread.numpy(), self.z.numpy(), self.kl)
+
+    def _box_muller(self, seed: int, stream: str, step: int, row_ids: Tensor, draw: int) -> tuple[np.ndarray, ...]:
+        """radius, cosine and sine [B, P] by whose products reference.philox_normal has its normals, to the bit."""
+        from ..loops.philox import uniforms
+
+        key = int(seed) % 2**64, step, reference.STREAMS[stream] << 28 | draw << 12
+        uniforms(*map(np.uint64, key), row_ids.numpy().view(np.uint64), self.radius.numpy(), self.angle.numpy())
+        torch.cos(self.angle, out=self.cosine)
+        self.radius.log_().mul_(-2.0).sqrt_()
+        return self.radius.numpy(), self.cosine.numpy(), self.angle.sin_().numpy()
+
+    def gradient(self, by_z: Tensor, kl_weight: float) -> None:
+        """grad [B, C] by p of a loss plus kl_weight * kl, of which by_z [B, T] is the gradient by z."""
+        from ..loops import relays as loops
+
+        mean, sigma, spread = self.mean.numpy(), self.sigma.numpy(), self.spread.numpy()
+        loops.sample_gradients(by_z.numpy(), mean, sigma, spread, kl_weight, self.grad.numpy())
+        torch.mm(self.by_mean, self.relays.T, out=self.by_coef)
+        loops.keep(self.grad.numpy(), self.kept)
+
+
+class Decoder:
+    """An MLP with weights that others hold: layers, weight and bias by turns, as of ElboModel.shared_shapes."""
+
+    def __init__(self, batch: int, layers: list[Tensor], model: ElboModel):
+        *self.hidden, (self.weight, self.bias) = zip(layers[::2], layers[1::2], strict=True)
+        self.linear_path, self.activation = model.linear_path, reference.ACTIVATIONS[model.activation]
+        self.derivative = DERIVATIVES[model.activation]
+        self.features = layers[0].new_empty(batch, self.weight.shape[1])
+        self.xhat = layers[0].new_empty(batch, self.weight.shape[0])
+
+    def decode(self, z: Tensor) -> None:
+        """xhat [B, D]."""
+        self.inputs: list[Tensor] = [z]
+        self.before: list[Tensor] = []
+        for weight, bias in self.hidden:
+            self.before.append(torch.addmm(bias, self.inputs[-1], weight.T))
+            self.inputs.append(self.activation(self.before[-1]))
+        if self.linear_path:
+            torch.cat((self.inputs[-1], z), dim=1, out=self.features)
+        else:
+            self.features = self.inputs[-1]
+        torch.addmm(self.bias, self.features, self.weight.T, out=self.xhat)
+
+    def gradient(self, by_layers: list[Tensor] | None = None) -> Tensor:
+        """The gradient by z [B, T], where xhat holds that by xhat; by_layers takes the layers', but for the last bias,
+        unless these are frozen."""
+        depth, latent_dim = len(self.hidden), self.inputs[0].shape[1]
+        if by_layers is not None:
+            torch.mm(self.xhat.T, self.features, out=by_layers[2 * depth])
+        grad, by_linear = self.xhat @ self.weight, None
+        if self.linear_path:
+            grad, by_linear = grad[:, :-latent_dim], grad[:, -latent_dim:]
+        for i in reversed(range(depth)):
+            grad = self.derivative(grad, self.before[i], self.inputs[i + 1])
+            if by_layers is not None:
+                torch.mm(grad.T, self.inputs[i], out=by_layers[2 * i])
+                torch.sum(grad, dim=0, out=by_layers[2 * i + 1])
+            grad = grad @ self.hidden[i][0]
+        return grad if by_linear is None else grad + by_linear
+
+
+def adam_factors(number: int, lr: float, weight_decay: float, hyper: reference.AdamHyper) -> tuple[float, ...]:
+    """What loops.adam.step takes besides arrays, of Adam's step `number`."""
+    bc1, bc2 = hyper.bias_corrections_at(number)
+    return lr / bc1, bc2**-0.5, 1 - lr * weight_decay, *hyper
