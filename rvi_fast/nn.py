@@ -309,6 +309,14 @@ class _RowPosterior(nn.Module):
         """Log of the posterior's standard deviation [B, T], of row parameters [B, C]."""
         return values[:, self.table.store.slices[-1]]
 
+    def moved(self, values: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
+        """Row parameters like `values` [B, C], of the posteriors N(mean, exp(log_std)^2) [B, T]; coefficients stay."""
+        values = values.clone()
+        *_, residual, spread = self.table.store.slices
+        values[:, residual] += mean - self.mean_of(values)
+        values[:, spread] = log_std
+        return values
+
     def initial_values(self, row_ids: Tensor) -> Tensor:
         """Row parameters [B, C] from which a new row with this id (int64 [B]) starts."""
         raise NotImplementedError

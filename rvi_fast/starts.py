@@ -1,0 +1,77 @@
+"""Where the fit of new rows starts, better than at random: from the decoder's linear part."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .likelihoods import Bernoulli, Gaussian, Likelihood
+from .model import RowModel
+from .nn import MLPDecoder
+
+COLUMNS_AT_ONCE = 1 << 22  # numbers of a block of columns' outer products
+LEAST_WEIGHT = 1e-6  # of the prior, without which latents that nothing observes have no variance
+
+
+class LinearStart:
+    """The posterior of rows under the decoder's tangent at z = 0, where it is a Gaussian: ridge regression on the
+    observed cells.
+
+    With f(z) ~ f(0) + J z, cell d of precision w_d (1/scale^2, or p(1-p) of a Bernoulli) and prior N(0, I) of weight
+    kl_weight, a row's posterior has the precision A = kl_weight I + sum over observed d of w_d J_d J_d^T and the mean
+    A^-1 sum of J_d g_d, where g_d is the gradient of log p(x_d) at z = 0. The closest distribution with independent
+    latents has this mean and the variances kl_weight / A_tt.
+    """
+
+    def __init__(self, model: RowModel):
+        self.model = model
+        self.at_origin, self.slope = _tangent(model.decoder, model.posterior.latent_dim)
+        self.precision = self._precision(model.likelihood)
+
+    @torch.no_grad()
+    def _precision(self, likelihood: Likelihood) -> Tensor:
+        """Minus the second derivative of log p(x_d) by xhat_d at the origin, [D]."""
+        if isinstance(likelihood, Bernoulli):
+            p = self.at_origin.sigmoid()
+            return p * (1 - p)
+        assert isinstance(likelihood, Gaussian)
+        return likelihood.scale().to(self.at_origin).square().reciprocal().expand_as(self.at_origin)
+
+    @torch.no_grad()
+    def __call__(self, p: Tensor, x: Tensor, mask: Tensor) -> Tensor:
+        """p [B, C] with residual and log_std such that the rows' posteriors are those of the tangent.
+
+        x [B, D] in the model's units, anything where mask (bool [B, D]) is False. A row whose equations are too ill
+        conditioned for its dtype stays as it is.
+        """
+        posterior, kl_weight = self.model.posterior, max(self.model.kl_weight, LEAST_WEIGHT)
+        latent_dim, columns = posterior.latent_dim, len(self.at_origin)
+        seen = mask.to(p.dtype)
+        precision = p.new_zeros(len(p), latent_dim * latent_dim)
+        for span in torch.arange(columns).split(max(1, COLUMNS_AT_ONCE // latent_dim**2)):
+            slope = self.slope[span]
+            outer = (slope[:, :, None] * (self.precision[span, None] * slope)[:, None, :]).flatten(1)
+            precision += seen[:, span] @ outer
+        precision = precision.view(-1, latent_dim, latent_dim)
+        precision.diagonal(dim1=1, dim2=2).add_(kl_weight)
+        error = self.model.likelihood.mean(self.at_origin) - x
+        pull = torch.where(mask, error, 0.0)
+        if not isinstance(self.model.likelihood, Bernoulli):
+            pull = pull * self.precision
+        factor, failed = torch.linalg.cholesky_ex(precision)
+        mean = torch.cholesky_solve(-(pull @ self.slope)[:, :, None], factor)[:, :, 0]
+        log_std = 0.5 * (kl_weight / precision.diagonal(dim1=1, dim2=2)).log()
+        moved = posterior.moved(p, mean, log_std)
+        solved = (failed == 0) & moved.isfinite().all(1)
+        return torch.where(solved[:, None], moved, p)
+
+
+def _tangent(decoder: MLPDecoder, latent_dim: int) -> tuple[Tensor, Tensor]:
+    """f(0) [D] and its slope [D, T]."""
+    with torch.enable_grad():
+        origin = decoder.head.weight.new_zeros(latent_dim, latent_dim, requires_grad=True)  # a row for each latent
+        xhat = decoder(origin)
+        along = torch.zeros_like(xhat, requires_grad=True)
+        (by_origin,) = torch.autograd.grad(xhat, origin, along, create_graph=True)  # linear in `along`, by the slope
+        (slope,) = torch.autograd.grad(by_origin.diagonal().sum(), along)
+    return xhat[0].detach(), slope.T.contiguous()
