@@ -23,6 +23,7 @@ class Settings:
     linear_path: bool
     activation: str
     scale: float | str
+    min_scale: float  # of a learned scale
     standardize: bool
     lr: float
     row_lr: float  # where lr is "auto", too
@@ -33,7 +34,7 @@ class Settings:
 
 
 AUTO = tuple(
-    f.name for f in dataclasses.fields(Settings) if f.name not in ("scale", "row_lr")
+    f.name for f in dataclasses.fields(Settings) if f.name not in ("scale", "min_scale", "row_lr")
 )  # arguments that may be "auto"
 
 # both are measured: bench/results/paper/quick/README.md, one setting changed at a time
@@ -43,6 +44,7 @@ TABLE = Settings(
     linear_path=True,
     activation="silu",
     scale="learned",
+    min_scale=0.05,
     standardize=True,
     lr=1e-2,
     row_lr=1e-2,
@@ -57,6 +59,7 @@ IMAGE = Settings(
     linear_path=True,
     activation="relu",
     scale="learned",
+    min_scale=0.1,
     standardize=False,
     lr=3e-3,
     row_lr=1e-2,
@@ -100,4 +103,4 @@ def settings_for(dtype: np.dtype, statistics: ColumnStatistics, num_rows: int) -
 
 
 def likelihood_for(settings: Settings) -> Likelihood:
-    return Gaussian(settings.scale)
+    return Gaussian(settings.scale, min_scale=settings.min_scale)
