@@ -226,6 +226,22 @@ def _elbo_step(hidden: Sequence[int] = (64, 64), learned: bool = False) -> Calla
     return launch
 
 
+def _fit_rows(precision: str, learned: bool = False, groups: Sequence[int] = PAPER[0]) -> Callable[[], Any]:
+    """Inference with the paper's model; learned: with a linear path, a scale a column and a mask of bits too."""
+    active, T, D = PAPER[1][: len(groups)], 64, 784
+    hidden = [f32(64, 64), f32(64), f32(64, 64), f32(64)]
+    layers = [*hidden, f32(D, 128 if learned else 64), f32(D)]
+    form = groups, active, "silu" if learned else "relu", learned, "gaussian", 1.0
+
+    def launch() -> None:
+        cells = f32(256, D), u8(256, D // 8) if learned else bits(256, D)
+        frozen = f32(sum(groups), T), layers, f32(D) if learned else f32()
+        given = f32(256, sum(groups) + 2 * T), i64(256), *cells, 1.0, *frozen
+        launcher("fit_rows")(*given, *form, 0, f64(250, 2), (0.9, 0.999, 1e-8), 8, precision)
+
+    return launch
+
+
 CASES = [
     Case("philox_normal T=64", _noise(64, torch.float32), registers=64, shared=2048),
     Case("philox_normal T=65", _noise(65, torch.float32), registers=64, shared=2048),
@@ -268,6 +284,11 @@ CASES = [
     Case("relay_sample_rows K=1024 T=256", _relay_sample_rows(65_536, *WIDE, 256), registers=255, shared=28672),
     Case("elbo_step", _elbo_step(), registers=255, shared=40960),
     Case("elbo_step, learned scale", _elbo_step(learned=True), registers=255, shared=32768, spills=128),
+    Case("fit_rows float32", _fit_rows("float32"), registers=255, shared=40960),
+    Case("fit_rows tf32", _fit_rows("tf32"), registers=255, shared=40960),
+    Case("fit_rows bfloat16", _fit_rows("bfloat16"), registers=255, shared=16384),
+    Case("fit_rows tf32, learned scale", _fit_rows("tf32", learned=True), registers=255, shared=40960),
+    Case("fit_rows tf32, no relays", _fit_rows("tf32", groups=()), registers=240, shared=40960),
 ]
 
 

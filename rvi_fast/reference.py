@@ -7,7 +7,7 @@ where a gradient makes sense. Nothing here checks its input; `ops` does.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -252,6 +252,40 @@ def linear_masked_gaussian_nll(
     return masked_gaussian_nll(torch.nn.functional.linear(h, weight, bias), x, mask, scale)
 
 
+# --- the loss of rows, given all that they share ---
+
+
+def row_losses(
+    p: Tensor,
+    noise: Tensor,
+    x: Tensor,
+    mask: Tensor,
+    relays: Tensor,
+    layers: Sequence[tuple[Tensor, Tensor]],
+    scale: Tensor,
+    groups: Sequence[int],
+    active: Sequence[int],
+    activation: str,
+    linear_path: bool,
+    likelihood: str,
+) -> tuple[Tensor, Tensor]:
+    """-log p(x_observed | z) and KL(q || N(0, I)) of rows (eqs. 2 to 6), [B] each.
+
+    p [B, K + 2 T]: coefficients, residual and log_std; noise [B, T]; relays [K, T], of no groups where a row's residual
+    is its mean; layers: as of mlp_decoder; scale: of likelihood "gaussian", not of "bernoulli".
+    """
+    num_relays, latent_dim = relays.shape
+    coef, mean, log_std = p.split([num_relays, latent_dim, latent_dim], dim=1)
+    if groups:
+        mean = mean + relay_mean(coef, relays, groups, active)
+    xhat = mlp_decoder(gaussian_sample(mean, log_std, noise), layers, activation, linear_path)
+    if likelihood == "bernoulli":
+        nll = masked_bernoulli_nll(xhat, x, mask)
+    else:
+        nll = masked_gaussian_nll(xhat, x, mask, scale)
+    return nll, gaussian_kl(mean, log_std)
+
+
 # --- Adam over rows: one step, and the closed form of the steps that a row missed (docs/math.md) ---
 
 
@@ -373,3 +407,44 @@ def missed_displacement(m: Tensor, v: Tensor, weight: Tensor, shrink: Tensor, ep
 def _per_row(value: Tensor, like: Tensor) -> Tensor:
     """float64 scalars, [] or [B], as a factor of `like` [B, C]: powers are taken in float64 and cast only here."""
     return value.to(like.dtype)[..., None] if value.ndim else value.to(like.dtype)
+
+
+# --- inference: rows fitted by themselves, all that they share being frozen ---
+
+
+class FitStep(NamedTuple):
+    """Rows after a step of their fit, [B, C] each."""
+
+    p: Tensor
+    v: Tensor  # second moments
+    grad: Tensor  # that the step followed
+
+
+def row_gradient(p: Tensor, loss: Callable[..., Tensor], *of: int) -> Tensor:
+    """The gradient of each row's own loss [B, C]: rows do not see each other. loss: (p [B, C], *of) -> [B]."""
+    with torch.enable_grad():
+        p = p.detach().requires_grad_()
+        (grad,) = torch.autograd.grad(loss(p, *of).sum(), p)
+    return grad
+
+
+def fit_rows(
+    p: Tensor,
+    loss: Callable[[Tensor, int], Tensor],
+    rates: Sequence[float],
+    hyper: AdamHyper,
+    missed: int = 0,
+    age: Callable[[int, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]] | None = None,
+) -> Iterator[FitStep]:
+    """Every row's descent of its own loss by Adam, with one learning rate a step.
+
+    p [B, C]: where it starts; loss: (p, number of the step, from 0) -> [B]. Between two steps the rows may miss some
+    of Adam's, which age(step before, p, m, v) makes up for.
+    """
+    m, v = torch.zeros_like(p), torch.zeros_like(p)
+    for step, lr in enumerate(rates):
+        if age is not None and step:
+            p, m, v = age(step - 1, p, m, v)
+        grad = row_gradient(p, loss, step)
+        p, m, v = adamw_step(p, m, v, grad, 1 + step * (missed + 1), lr, hyper)
+        yield FitStep(p, v, grad)
