@@ -43,11 +43,14 @@ def make_start(sizes: Sizes, x: Tensor, mask: Tensor, batch: int, steps: int) ->
     def normal(std: float, *shape: int) -> Tensor:
         return std * torch.randn(shape, generator=draw)
 
+    def uniform(most: float, *shape: int) -> Tensor:  # as nn.Linear has them
+        return most * (2 * torch.rand(shape, generator=draw) - 1)
+
     n, k, t = sizes.num_rows, sum(sizes.groups), sizes.latents
     values = {"coef": normal(0.1, n, k), "residual": normal(0.01, n, t), "log_std": torch.full((n, t), -2.0)}
     values["relays"] = normal(1.0, k, t)
     for number, (n_in, n_out) in enumerate(sizes.layers):
-        values |= {f"weight{number}": normal(n_in**-0.5, n_out, n_in), f"bias{number}": normal(0.1, n_out)}
+        values |= {f"weight{number}": uniform(n_in**-0.5, n_out, n_in), f"bias{number}": uniform(n_in**-0.5, n_out)}
     per_epoch = n // batch
     epochs = [torch.randperm(n, generator=draw)[: per_epoch * batch] for _ in range(-(-steps // per_epoch))]
     rows = torch.cat(epochs).view(-1, batch)[:steps]
