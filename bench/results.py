@@ -77,7 +77,7 @@ def facts(device: str) -> Line:
     """When and where a line was measured."""
     return {
         "machine": machine(device),
-        "versions": ", ".join(f"{name} {_version(name)}" for name in ("torch", "jax", "triton", "numpy")),
+        "versions": ", ".join(f"{name} {_version(name)}" for name in ("torch", "jax", "numba", "triton", "numpy")),
         "rvi_fast": __version__,
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }

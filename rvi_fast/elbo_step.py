@@ -36,8 +36,8 @@ class ElboStep:
             raise ValueError(f"ElboStep cannot train this model: {reason}; train it with model(...) and RowAdam.step()")
         self.model, self.optimizer = model, optimizer
         self.store = model.posterior.table.store
-        self.form = _form(model)
-        self.parameters = list(_shared_parameters(model))
+        self.form = form_of(model)
+        self.parameters = list(shared_parameters(model))
         groups = _groups_by_parameter(optimizer)
         self.groups = [groups[id(self.store.parameters[0])], groups[id(self.parameters[0])]]
         self.groups.append(groups[id(self.parameters[-1])])  # of a learned scale, or as the others
@@ -103,7 +103,7 @@ class ElboStep:
     def _settings(self) -> tuple:
         """What a step takes from the model and its optimiser once, when it is made."""
         hyper = [_hyper(self.optimizer.param_groups[group]) for group in self.groups]
-        return _form(self.model)._replace(kl_weight=0.0), hyper, self.model.posterior.seed
+        return form_of(self.model)._replace(kl_weight=0.0), hyper, self.model.posterior.seed
 
     def make_room(self, steps: int) -> None:
         """Make ready for `steps` steps, without which their memory may move under a CUDA graph that was captured."""
@@ -212,7 +212,7 @@ class ElboStep:
         return found == self.places and bool(self.store.columns) and self.store.owner(0) is self.optimizer
 
 
-def _shared_parameters(model: RowModel) -> Iterator[nn.Parameter]:
+def shared_parameters(model: RowModel) -> Iterator[nn.Parameter]:
     """In the order of ElboModel.shared_shapes."""
     if isinstance(model.posterior, RelayPosterior):
         yield model.posterior.relays
@@ -220,7 +220,7 @@ def _shared_parameters(model: RowModel) -> Iterator[nn.Parameter]:
     yield from model.likelihood.parameters()
 
 
-def _form(model: RowModel) -> ElboModel:
+def form_of(model: RowModel) -> ElboModel:
     posterior, decoder, likelihood = model.posterior, model.decoder, model.likelihood
     relays = (tuple(posterior.groups), tuple(posterior.active)) if isinstance(posterior, RelayPosterior) else ((), ())
     hidden = tuple(layer.out_features for layer in decoder.mlp if isinstance(layer, nn.Linear))
@@ -247,12 +247,12 @@ def _model_reason(model: nn.Module) -> str | None:
     dtypes = {p.dtype for p in model.parameters()}
     if len(dtypes) > 1:
         return f"its parameters have several dtypes ({', '.join(sorted(map(str, dtypes)))})"
-    return unsupported(model.posterior.table.store.values, model.posterior.latent_dim, _form(model))
+    return unsupported(model.posterior.table.store.values, model.posterior.latent_dim, form_of(model))
 
 
 def _optimizer_reason(model: Any, optimizer: RowAdam) -> str | None:
     groups = _groups_by_parameter(optimizer)
-    rows, shared = model.posterior.table.store.parameters, list(_shared_parameters(model))
+    rows, shared = model.posterior.table.store.parameters, list(shared_parameters(model))
     if not all(id(p) in groups for p in (*rows, *shared)):
         return "the optimizer does not train all of its parameters"
     if len({groups[id(p)] for p in rows}) > 1:

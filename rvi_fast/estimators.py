@@ -16,7 +16,19 @@ from torch import Tensor
 
 from . import arguments, defaults, io, ops
 from .blocks import release, shape_and_dtype
-from .infer import BLOCK, ELBO_DRAWS, PROTOCOLS, InferencePlan, Posterior, fit_new_rows, map_blocks, padded_block
+from .infer import (
+    BLOCK,
+    ELBO_DRAWS,
+    PROTOCOLS,
+    ROW_LR,
+    ROW_SCHEDULE,
+    STARTS,
+    InferencePlan,
+    Posterior,
+    fit_new_rows,
+    map_blocks,
+    padded_block,
+)
 from .likelihoods import Gaussian, Likelihood
 from .model import Encoder, EncoderModel, LatentModel, RowModel
 from .nn import ACTIVATIONS, MeanFieldPosterior, MLPDecoder, RelayPosterior
@@ -337,22 +349,31 @@ class Estimator:
         lr: float | None = None,
         protocol: str = "row",
         row_ids: Any = None,
+        start: str = "linear",
+        stop_early: bool = True,
     ) -> Posterior:
         """The posterior of new rows: decoder and relays stay as they are, each row fits its own parameters.
 
-        X, mask: as in fit, [M, D]. steps: Adam steps a row. lr: their size (default: the training's row lr, with its
-        schedule). protocol: "row", each row by itself; "epochs", as minibatches of dense Adam over all M rows, the
-        published way. row_ids: int64 [M], what the rows' noise is keyed by; default a hash of the row, so that a row's
-        result does not depend on the others in the call.
+        X, mask: as in fit, [M, D]. steps: Adam steps a row, at most. lr: their size at first, which falls to 0 as a
+        cosine (default 0.1). protocol: "row", each row by itself; "epochs", as minibatches of dense Adam over all M
+        rows, the published way: with the training's row lr and schedule, from "prior", and never early. row_ids: int64
+        [M], what the rows' noise is keyed by; default a hash of the row, so that a row's result does not depend on the
+        others in the call. start: "linear", the posterior under the decoder's tangent at z = 0 (ridge regression on the
+        observed cells), or "prior", the values that training rows start from. stop_early: rows that have converged
+        after 40 % of the steps take no more.
         """
         data = self._new_rows(X, mask)
         self._check_inference(steps, lr, protocol)
+        arguments.one_of("start", start, STARTS)
+        arguments.one_of("stop_early", stop_early, (True, False))
         ids = data.row_ids() if row_ids is None else _as_row_ids(row_ids, len(data))
-        return self._infer(data, ids, steps, lr, protocol)
-
-    def _infer(self, data: Observations, ids: Tensor, steps: int, lr: float | None, protocol: str) -> Posterior:
-        missed = -(-len(data) // self.batch_size_) - 1 if protocol == "epochs" else 0
-        plan = InferencePlan(steps, self._row_lr() if lr is None else lr, self.schedule_, self.seed, missed)
+        if protocol == "row":
+            plan = InferencePlan(
+                steps, ROW_LR if lr is None else lr, ROW_SCHEDULE, self.seed, start=start, stop_early=stop_early
+            )
+        else:
+            missed = -(-len(data) // self.batch_size_) - 1
+            plan = InferencePlan(steps, self._row_lr() if lr is None else lr, self.schedule_, self.seed, missed)
         assert isinstance(self.model_, RowModel)
         return fit_new_rows(self.model_, data, self.units_, ids, plan, self.progress)
 
@@ -821,8 +842,11 @@ class VAE(Estimator):
         lr: float | None = None,
         protocol: str = "row",
         row_ids: Any = None,
+        start: str = "linear",
+        stop_early: bool = True,
     ) -> Posterior:
-        """The posterior of new rows, by one pass of the encoder; steps, lr and protocol have no effect."""
+        """The posterior of new rows, by one pass of the encoder; steps, lr, protocol, start and stop_early have no
+        effect."""
         data = self._new_rows(X, mask)
         self._check_inference(steps, lr, protocol)
         ids = data.row_ids() if row_ids is None else _as_row_ids(row_ids, len(data))

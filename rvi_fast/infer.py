@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import contextvars
 import dataclasses
 import functools
@@ -16,26 +15,33 @@ from tqdm.auto import tqdm
 
 from . import dispatch, reference
 from .clock import AdamClock
-from .elbo_step import _form, _shared_parameters
+from .elbo_step import form_of, shared_parameters
 from .likelihoods import Bernoulli, Gaussian
 from .model import RowModel
 from .nn import MLPDecoder, RelayPosterior
 from .observations import ColumnUnits, Observations
-from .ops.fit_rows import FittedRows, fit_rows, unsupported
+from .ops.fit_rows import fit_rows, row_gradients, unsupported
 from .reference import AdamHyper
+from .starts import LinearStart
 from .train.plan import SCHEDULES
 from .train.trainer import BAR_DELAY_S
 
 BLOCK = 64  # rows fitted together, always exactly so many: a row's bits do not depend on the call it came in
+BLOCKS_AT_ONCE = 16  # of which the rows that have not converged are put together again
 CELLS_OF_LAUNCH, ROWS_OF_LAUNCH = 1 << 26, 1 << 17  # at most, where a kernel fits rows, which share nothing there
 LAUNCHES_AT_ONCE = 2  # one is read while the other is fitted
-ROWS_OF_TEST = 1 << 14  # whose convergence is tested together then, always exactly so many
+ROWS_OF_PRODUCTS = 1 << 12  # that PyTorch's products see together then, always exactly so many
 ELBO_DRAWS = 8  # samples of z in the ELBO that is reported
+OTHER_DRAWS = range(ELBO_DRAWS + 1, 2 * ELBO_DRAWS + 1)
 CONVERGED = 0.01  # a row has converged if PROBES more steps at the full rate would not raise its ELBO by a larger share
 PROBES = (1, 10)
+FIRST_ROUND = 0.4  # of the steps; only rows that have not converged then take the others,
+LEAST_ROUND = 50  # unless they are fewer than this
 
 HYPER = AdamHyper(0.9, 0.999, 1e-8)
 PROTOCOLS = ("row", "epochs")
+STARTS = ("linear", "prior")
+ROW_LR, ROW_SCHEDULE = 0.1, "cosine"  # of protocol "row"; docs/inference.md has the times
 
 
 @dataclasses.dataclass
@@ -59,13 +65,17 @@ class Posterior:
 
 @dataclasses.dataclass
 class InferencePlan:
-    """How new rows are fitted. missed: the steps of the table between two visits of a row (protocol "epochs")."""
+    """How new rows are fitted. missed: the steps of the table between two visits of a row (protocol "epochs"). start:
+    "linear" (LinearStart) or "prior" (the values that training rows start from). stop_early: whether rows that have
+    converged after the first round take no further steps."""
 
     steps: int
     lr: float
     schedule: str
     seed: int
     missed: int = 0
+    start: str = "prior"
+    stop_early: bool = False
 
     def adam_step(self, visit: int) -> int:
         """Adam's step number of a visit of the row (from 0)."""
@@ -73,6 +83,13 @@ class InferencePlan:
 
     def lr_at(self, step: int) -> float:
         return self.lr * SCHEDULES[self.schedule](step / self.steps)
+
+    def rounds(self) -> list[InferencePlan]:
+        """A first one for all rows, and one for those that have not converged by then."""
+        first = round(FIRST_ROUND * self.steps)
+        if not self.stop_early or min(first, self.steps - first) < LEAST_ROUND:
+            return [self]
+        return [dataclasses.replace(self, steps=steps) for steps in (first, self.steps - first)]
 
 
 def fit_new_rows(
@@ -82,17 +99,16 @@ def fit_new_rows(
 
     row_ids: int64 [M]. A row with nothing observed gets the prior.
     """
-    launch = one_launch(model, plan)
-    if launch is None:
-        clocks = clocks_between_visits(plan, model.decoder.head.weight.device)
-        size, workers, fit_block = BLOCK, torch.get_num_threads(), functools.partial(_fit_block, clocks)
-    else:
-        size = max(1, min(ROWS_OF_LAUNCH, CELLS_OF_LAUNCH // data.num_columns))
-        workers, fit_block = LAUNCHES_AT_ONCE, functools.partial(_fit_in_one_launch, launch)
+    fits: Fits = FusedFits(model, plan.seed) if FusedFits.can_take(model, plan) else Fits(model, plan)
+    start = LinearStart(model) if plan.start == "linear" else None
+    size, workers = fits.rows_together(data.num_columns, len(data))
     bar = tqdm(total=-(-len(data) // size), delay=BAR_DELAY_S, disable=not show_progress, unit="block", leave=False)
 
     def fit(block: slice) -> tuple[Tensor, ...]:
-        return fit_block(model, data, units, row_ids, block, plan)
+        x, mask = units.to_model(*data.read(block))
+        device = model.decoder.head.weight.device
+        found = _fit(fits, start, plan, *(t.to(device) for t in (row_ids[block], x, mask)))
+        return tuple(t.cpu() for t in found)
 
     blocks = []
     with bar:
@@ -101,6 +117,52 @@ def fit_new_rows(
             bar.update()
     mean, std, elbo, converged, parameters = (torch.cat(parts) for parts in zip(*blocks, strict=True))
     return Posterior(mean, std, elbo, converged, row_ids, parameters)
+
+
+def _fit(
+    fits: Fits, start: LinearStart | None, plan: InferencePlan, ids: Tensor, x: Tensor, mask: Tensor
+) -> tuple[Tensor, ...]:
+    """Mean, std, ELBO, convergence and parameters of rows in the model's units."""
+    posterior = fits.model.posterior
+    p = posterior.initial_values(ids).to(x.device)
+    if start is not None:
+        (p,) = by_parts(lambda *rows: (start(*rows),), fits.rows_of_products, p, x, mask)
+    empty = ~mask.any(1)
+    converged, elbo, left = empty.clone(), p.new_zeros(len(p)), torch.arange(len(p), device=x.device)
+    for number, of_round in enumerate(plan.rounds()):
+        left = left if number == 0 else (~converged).nonzero()[:, 0]
+        if len(left):
+            rows = ids[left], x[left], mask[left]
+            p[left], v, elbo[left] = by_parts(
+                functools.partial(fits.fit, of_round), fits.rows_of_fit or len(left), p[left], *rows
+            )
+            converged[left] = _cannot_gain(fits, of_round, p[left], v, elbo[left], *rows)
+    converged |= empty
+    p[empty], elbo[empty] = 0, 0  # the prior is their exact optimum: zero mean, unit standard deviation
+    with torch.no_grad():
+        (mean,) = by_parts(lambda p: (posterior.mean_of(p),), fits.rows_of_products, p)
+        return mean, posterior.log_std_of(p).exp(), elbo, converged, p
+
+
+def _cannot_gain(fits: Fits, plan: InferencePlan, p: Tensor, v: Tensor, elbo: Tensor, *rows: Tensor) -> Tensor:
+    """Which rows more steps at the full rate would not improve (a rate gone to 0 proves nothing), bool [B]."""
+    (grad,) = by_parts(fits.gradient, fits.rows_of_products, p, *rows)
+    bc2 = HYPER.bias_corrections(plan.adam_step(plan.steps - 1))[1].to(v)
+    direction = plan.lr * grad / ((v / bc2).sqrt() + HYPER.eps)
+    gains = []
+    for steps in PROBES:
+        (there,) = by_parts(fits.elbo, fits.rows_of_fit or len(p), p - steps * direction, *rows)
+        gains.append(there - elbo)
+    return torch.stack(gains).amax(0) <= CONVERGED * (1 + elbo.abs())
+
+
+def by_parts(function: Callable[..., tuple[Tensor, ...]], size: int, *rows: Tensor) -> tuple[Tensor, ...]:
+    """function of `size` rows at a time, always exactly so many: the last ones with zeros below them."""
+    found = []
+    for first in range(0, len(rows[0]), size):
+        part = [t[first : first + size] for t in rows]
+        found.append([t[: len(part[0])] for t in function(*(padded_block(t, size) for t in part))])
+    return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
 
 
 def map_blocks(
@@ -143,90 +205,104 @@ def clocks_between_visits(plan: InferencePlan, device: torch.device) -> list[Ada
     return clocks
 
 
-def one_launch(model: RowModel, plan: InferencePlan) -> Callable[..., FittedRows] | None:
-    """ops.fit_rows for this model and plan, but for start, row_ids, x and mask; None where its kernel cannot run."""
-    posterior, device = model.posterior, model.decoder.head.weight.device
-    linear = not isinstance(posterior, RelayPosterior) or posterior.coefficients == "linear"
-    known = type(model.decoder) is MLPDecoder and type(model.likelihood) in (Gaussian, Bernoulli)
-    if plan.missed or not (linear and known):
-        return None
-    form, dtype = _form(model), model.decoder.head.weight.dtype
-    if unsupported(dtype, device, posterior.latent_dim, form) or not dispatch.use_triton("fit_rows", device):
-        return None
-    weights = torch.cat([parameter.detach().reshape(-1) for parameter in _shared_parameters(model)])
-    rates = torch.tensor([plan.lr_at(step) for step in range(plan.steps)], dtype=torch.float64, device=device)
-    return functools.partial(
-        fit_rows, weights=weights, model=form, rates=rates, hyper=HYPER, seed=plan.seed, draws=ELBO_DRAWS
-    )
+class Fits:
+    """Fits, ELBOs and gradients of a block of rows by autograd: for any decoder and both protocols."""
+
+    rows_of_fit = rows_of_products = BLOCK
+
+    def __init__(self, model: RowModel, plan: InferencePlan):
+        self.model, self.seed = model, plan.seed
+        self.clocks = clocks_between_visits(plan, model.decoder.head.weight.device)
+
+    def rows_together(self, columns: int, rows: int) -> tuple[int, int]:
+        """Rows that a thread takes, in whole blocks; threads."""
+        threads = torch.get_num_threads()
+        blocks = min(BLOCKS_AT_ONCE, -(-rows // (BLOCK * threads)))
+        return BLOCK * blocks, threads
+
+    def fit(self, plan: InferencePlan, p: Tensor, ids: Tensor, x: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+        """The rows' parameters after the plan's steps from p [B, C], their second moments, and ELBO [B]."""
+        *_, (p, v) = trajectory(self.model, x, mask, ids, plan, self.clocks, start=p)
+        return p, v, *self.elbo(p, ids, x, mask)
+
+    @torch.no_grad()
+    def elbo(self, p: Tensor, ids: Tensor, x: Tensor, mask: Tensor) -> tuple[Tensor]:
+        """Mean over fixed draws of z of the rows' ELBO [B]."""
+        total = p.new_zeros(len(p))
+        for draw in range(1, ELBO_DRAWS + 1):
+            z, kl = self.model.posterior.sample_values(p, row_ids=ids, stream="infer", seed=self.seed, draw=draw)
+            total -= self.model.likelihood.nll(self.model.decoder(z), x, mask) + kl
+        return (total / ELBO_DRAWS,)
+
+    def gradient(self, p: Tensor, ids: Tensor, x: Tensor, mask: Tensor) -> tuple[Tensor]:
+        """The loss's mean gradient [B, C] over draws of z, others than those of the ELBO: any row can gain on draws
+        that it is fitted to."""
+        total, loss = torch.zeros_like(p), functools.partial(_loss, self.model, self.seed, x, mask, ids)
+        for draw in OTHER_DRAWS:
+            total += reference.row_gradient(p, loss, 0, draw)
+        return (total / ELBO_DRAWS,)
 
 
-def _fit_in_one_launch(
-    launch: Callable[..., FittedRows],
-    model: RowModel,
-    data: Observations,
-    units: ColumnUnits,
-    row_ids: Tensor,
-    block: slice,
-    plan: InferencePlan,
-) -> tuple[Tensor, ...]:
-    device = model.decoder.head.weight.device
-    x, mask = units.to_model(*data.read(block))
-    x, mask, ids = (t.to(device) for t in (x, mask, row_ids[block]))
-    fit = launch(model.posterior.initial_values(ids), ids, x, mask)
-    empty = ~mask.any(1)
-    p = _prior_where(fit.parameters, empty)
-    no_steps = torch.empty(0, dtype=torch.float64, device=device)
+class FusedFits(Fits):
+    """The same for models of which ops.fit_rows has a kernel, or compiled loops: all steps in one call."""
 
-    def elbo_at(p: Tensor) -> Tensor:
-        return launch(p, ids, x, mask, rates=no_steps).elbo
+    def __init__(self, model: RowModel, seed: int):
+        self.model, self.seed, self.form = model, seed, form_of(model)
+        self.weights = torch.cat([parameter.detach().reshape(-1) for parameter in shared_parameters(model)])
+        self.by_kernel = not dispatch.use_numba(self.weights.device)
+        if self.by_kernel:  # rows share nothing in it
+            self.rows_of_fit, self.rows_of_products = 0, ROWS_OF_PRODUCTS
 
-    elbo = torch.where(empty, 0.0, fit.elbo)  # the prior's
-    grad = _mean_gradient(model, p, x, mask, ids, plan.seed, ROWS_OF_TEST)
-    converged = empty | _cannot_gain(p, fit.second, grad, elbo, elbo_at, plan)
-    return _results(model, p, elbo, converged)
+    @staticmethod
+    def can_take(model: RowModel, plan: InferencePlan) -> bool:
+        posterior, weight = model.posterior, model.decoder.head.weight
+        linear = not isinstance(posterior, RelayPosterior) or posterior.coefficients == "linear"
+        known = type(model.decoder) is MLPDecoder and type(model.likelihood) in (Gaussian, Bernoulli)
+        if plan.missed or not (linear and known) or weight.dtype not in (torch.float32, torch.float64):
+            return False
+        reason = unsupported(weight.dtype, weight.device, posterior.latent_dim, form_of(model))
+        kernel = reason is None and dispatch.use_triton("fit_rows", weight.device)
+        return kernel or dispatch.use_numba(weight.device)
 
+    def rows_together(self, columns: int, rows: int) -> tuple[int, int]:
+        if self.by_kernel:
+            return max(1, min(ROWS_OF_LAUNCH, CELLS_OF_LAUNCH // columns)), LAUNCHES_AT_ONCE
+        return super().rows_together(columns, rows)
 
-def _fit_block(
-    clocks: list[AdamClock] | None,
-    model: RowModel,
-    data: Observations,
-    units: ColumnUnits,
-    row_ids: Tensor,
-    block: slice,
-    plan: InferencePlan,
-) -> tuple[Tensor, ...]:
-    x, mask = units.to_model(*data.read(block))
-    size = len(x)
-    device = model.decoder.head.weight.device
-    x, mask, ids = (padded_block(t).to(device) for t in (x, mask, row_ids[block]))
-    p, v = collections.deque(trajectory(model, x, mask, ids, plan, clocks), maxlen=1).pop()
-    empty = ~mask.any(1)
-    p = _prior_where(p, empty)
-    elbo_at = functools.partial(_elbo, model, x=x, mask=mask, ids=ids, seed=plan.seed)
-    elbo = elbo_at(p)
-    grad = _mean_gradient(model, p, x, mask, ids, plan.seed, BLOCK)
-    converged = empty | _cannot_gain(p, v, grad, elbo, elbo_at, plan)
-    return tuple(t[:size] for t in _results(model, p, elbo, converged))
+    def fit(self, plan: InferencePlan, p: Tensor, ids: Tensor, x: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+        rates = torch.tensor([plan.lr_at(step) for step in range(plan.steps)], dtype=torch.float64).to(p.device)
+        fitted = fit_rows(p, ids, x, mask, self.weights, self.form, rates, HYPER, seed=self.seed, draws=ELBO_DRAWS)
+        return fitted.parameters, fitted.second, fitted.elbo
 
+    def elbo(self, p: Tensor, ids: Tensor, x: Tensor, mask: Tensor) -> tuple[Tensor]:
+        no_steps = torch.empty(0, dtype=torch.float64, device=p.device)
+        fitted = fit_rows(p, ids, x, mask, self.weights, self.form, no_steps, HYPER, seed=self.seed, draws=ELBO_DRAWS)
+        return (fitted.elbo,)
 
-@torch.no_grad()
-def _results(model: RowModel, p: Tensor, elbo: Tensor, converged: Tensor) -> tuple[Tensor, ...]:
-    mean, std = model.posterior.mean_of(p), model.posterior.log_std_of(p).exp()
-    return tuple(t.cpu() for t in (mean, std, elbo, converged, p))
+    def gradient(self, p: Tensor, ids: Tensor, x: Tensor, mask: Tensor) -> tuple[Tensor]:
+        return (row_gradients(p, ids, x, mask, self.weights, self.form, seed=self.seed, draws=OTHER_DRAWS),)
 
 
 def trajectory(
-    model: RowModel, x: Tensor, mask: Tensor, ids: Tensor, plan: InferencePlan, clocks: list[AdamClock] | None
+    model: RowModel,
+    x: Tensor,
+    mask: Tensor,
+    ids: Tensor,
+    plan: InferencePlan,
+    clocks: list[AdamClock] | None,
+    start: Tensor | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The rows' parameters and their second moments, [B, C] each, after every step of the plan.
 
-    x [B, D] in the model's units and mask, bool [B, D]; ids int64 [B]; clocks: clocks_between_visits(plan, device).
+    x [B, D] in the model's units and mask, bool [B, D]; ids int64 [B]; clocks: clocks_between_visits(plan, device);
+    start [B, C]: None for the values that training rows start from.
     """
 
     def age(step: int, p: Tensor, m: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return (p, m, v) if clocks is None else _age(p, m, v, clocks[step], plan.missed)
 
-    start = model.posterior.initial_values(ids).to(x.device)
+    if start is None:
+        start = model.posterior.initial_values(ids).to(x.device)
     loss = functools.partial(_loss, model, plan.seed, x, mask, ids)
     rates = [plan.lr_at(step) for step in range(plan.steps)]
     for fit in reference.fit_rows(start, loss, rates, HYPER, plan.missed, age):
@@ -241,49 +317,7 @@ def _loss(
     return model.row_loss(model.likelihood.nll(model.decoder(z), x, mask), kl)
 
 
-def _mean_gradient(model: RowModel, p: Tensor, x: Tensor, mask: Tensor, ids: Tensor, seed: int, rows: int) -> Tensor:
-    """The mean of the loss's gradient [B, C] over draws of z, `rows` rows at a time.
-
-    Other draws than those that the ELBO is judged by: any row can gain on draws that it is fitted to.
-    """
-    means = []
-    for first in range(0, len(p), rows):
-        part = slice(first, first + rows)
-        of_part, x_part, mask_part, ids_part = (padded_block(t[part], rows) for t in (p, x, mask, ids))
-        loss = functools.partial(_loss, model, seed, x_part, mask_part, ids_part)
-        total = torch.zeros_like(of_part)
-        for draw in range(ELBO_DRAWS + 1, 2 * ELBO_DRAWS + 1):
-            total += reference.row_gradient(of_part, loss, 0, draw)
-        means.append((total / ELBO_DRAWS)[: len(p[part])])
-    return torch.cat(means)
-
-
-def _cannot_gain(
-    p: Tensor, v: Tensor, grad: Tensor, elbo: Tensor, elbo_at: Callable[[Tensor], Tensor], plan: InferencePlan
-) -> Tensor:
-    """Which rows more steps at the full rate would not improve (a rate gone to 0 proves nothing), bool [B]."""
-    bc2 = HYPER.bias_corrections(plan.adam_step(plan.steps - 1))[1].to(v)
-    direction = plan.lr * grad / ((v / bc2).sqrt() + HYPER.eps)
-    gains = [elbo_at(p - steps * direction) - elbo for steps in PROBES]
-    return torch.stack(gains).amax(0) <= CONVERGED * (1 + elbo.abs())
-
-
 def _age(p: Tensor, m: Tensor, v: Tensor, clock: AdamClock, missed: int) -> tuple[Tensor, Tensor, Tensor]:
     p_now, m_now, v_now = clock.catch_up(p, m, v, torch.zeros(len(p), dtype=torch.int32, device=p.device))
     beyond = missed - clock.index
     return p_now, m_now * HYPER.beta1**beyond, v_now * HYPER.beta2**beyond
-
-
-def _prior_where(p: Tensor, empty: Tensor) -> Tensor:
-    """Rows with nothing observed have the prior as their exact optimum: zero mean, unit standard deviation."""
-    return torch.where(empty[:, None], torch.zeros_like(p), p)
-
-
-@torch.no_grad()
-def _elbo(model: RowModel, p: Tensor, x: Tensor, mask: Tensor, ids: Tensor, seed: int) -> Tensor:
-    """Mean over fixed draws of z of the rows' ELBO [B]."""
-    total = torch.zeros(len(p), device=p.device)
-    for draw in range(1, ELBO_DRAWS + 1):
-        z, kl = model.posterior.sample_values(p, row_ids=ids, stream="infer", seed=seed, draw=draw)
-        total -= model.likelihood.nll(model.decoder(z), x, mask) + kl
-    return total / ELBO_DRAWS

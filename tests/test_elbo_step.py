@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import rvi_fast
 from rvi_fast import dispatch
-from rvi_fast.elbo_step import ElboStep, _form
+from rvi_fast.elbo_step import ElboStep, form_of
 from rvi_fast.likelihoods import Bernoulli, Gaussian
 from rvi_fast.model import RowModel
 from rvi_fast.nn import MeanFieldPosterior, MLPDecoder, RelayPosterior
@@ -409,7 +409,7 @@ def test_wide_models_are_for_the_cpu_alone():
     model = make_model(hidden=(129,))
     assert ElboStep.supports(model) is None
     table = model.posterior.table.store.values.float().to("meta")  # stands for a GPU's
-    assert elbo.unsupported(table, 5, _form(model)) == "latent_dim or hidden layers above 128"
+    assert elbo.unsupported(table, 5, form_of(model)) == "latent_dim or hidden layers above 128"
 
 
 def test_says_which_optimizers_it_cannot_follow():
@@ -559,9 +559,8 @@ def test_rows_without_relays(likelihood, dtype):
     cpu = torch.device("cpu")
     binary = isinstance(likelihood, Bernoulli)
     check(cpu, groups=(), likelihood=likelihood, binary=binary, dtype=dtype, sizes=(12, 9, 16, 3), linear_path=True)
-    assert (
-        elbo.unsupported(torch.empty(1, 3, 4, device="meta"), 2, _form(make_model(groups=()))) == "rows without relays"
-    )
+    reason = elbo.unsupported(torch.empty(1, 3, 4, device="meta"), 2, form_of(make_model(groups=())))
+    assert reason == "rows without relays"
 
 
 def test_a_step_that_would_turn_weights_round_is_refused_before_anything_moves():

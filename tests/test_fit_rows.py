@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import numpy as np
 import pytest
 import torch
@@ -113,6 +115,31 @@ FORMS = {
 def test_equals_the_equations(device, name):
     model, how = FORMS[name]
     check(device, model, **how)
+
+
+loops = pytest.mark.skipif(not importlib.util.find_spec("numba"), reason="the loops are compiled by numba")
+
+
+@loops
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", FORMS)
+def test_compiled_loops_equal_the_equations(name, dtype):
+    model, how = FORMS[name]
+    with rvi_fast.backend("auto"):
+        check(torch.device("cpu"), model, **how | {"dtype": dtype})
+
+
+@loops
+@pytest.mark.parametrize("name", FORMS)
+def test_gradients_by_loops_and_by_autograd(name):
+    model, how = FORMS[name]
+    given = problem(model, **{key: how[key] for key in how.keys() - {"steps", "dtype", "mask_as"}})
+    p, others = given.pop("start"), {"weights": given.pop("weights"), "model": model, "seed": 5, "draws": range(9, 13)}
+    found = []
+    for backend in ("auto", "torch"):
+        with rvi_fast.backend(backend):
+            found.append(ops.row_gradients(p, **given, **others))
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
 
 
 def test_narrow_products_stay_near(device):
@@ -246,7 +273,7 @@ SMALL = dict(latent_dim=3, hidden=(5,), epochs=2, batch_size=32, progress=False)
 def test_infer_takes_one_launch(make, monkeypatch):
     """As the steps one by one, for more rows than a launch takes, one of them with nothing observed."""
     monkeypatch.setattr(infer, "ROWS_OF_LAUNCH", 16)
-    monkeypatch.setattr(infer, "ROWS_OF_TEST", 8)
+    monkeypatch.setattr(infer, "ROWS_OF_PRODUCTS", 8)
     monkeypatch.setattr(infer, "LAUNCHES_AT_ONCE", 1)  # the interpreter has one thread
     rng = np.random.default_rng(0)
     X = np.where(rng.random((21, 6)) < 0.3, np.nan, rng.normal(size=(21, 6))).astype(np.float32)
@@ -255,10 +282,10 @@ def test_infer_takes_one_launch(make, monkeypatch):
         model = make().fit(rng.normal(size=(40, 6)).astype(np.float32))
         truth = model.infer(X, steps=4)
     with rvi_fast.backend("triton"):
-        assert infer.one_launch(model.model_, infer.InferencePlan(4, 0.1, "constant", 0)) is not None
+        assert infer.FusedFits.can_take(model.model_, infer.InferencePlan(4, 0.1, "constant", 0))
         found = model.infer(X, steps=4)
         alone = model.infer(X[18:20], steps=4)
-        assert infer.one_launch(model.model_, infer.InferencePlan(4, 0.1, "constant", 0, missed=2)) is None
+        assert not infer.FusedFits.can_take(model.model_, infer.InferencePlan(4, 0.1, "constant", 0, missed=2))
     for name in ("mean", "std", "elbo", "parameters"):
         torch.testing.assert_close(getattr(found, name), getattr(truth, name), rtol=1e-5, atol=1e-5)
         assert torch.equal(getattr(found, name)[18:20], getattr(alone, name))

@@ -86,9 +86,39 @@ def test_row_hashes_see_values_mask_and_place_only():
 def test_more_steps_fit_better_and_converge(cls, kw):
     model = cls(**{**kw, "epochs": 60, "lr": 1e-2}).fit(data(200, 13, seed=1))
     X = data(100, 13)
-    few, many = model.infer(X, steps=3, lr=0.03), model.infer(X, steps=300, lr=0.03)
+    few, many = (model.infer(X, steps=steps, lr=0.03, start="prior") for steps in (3, 300))
     assert many.elbo.mean() > few.elbo.mean() + 1
     assert many.converged.float().mean() > 0.8 > few.converged.float().mean()
+
+
+def test_the_linear_start_is_ahead():
+    model = RVI(**{**MODELS[0][1], "epochs": 60, "lr": 1e-2}).fit(data(200, 13, seed=1))
+    X = data(100, 13)
+    prior, linear = (model.infer(X, steps=10, start=start) for start in ("prior", "linear"))
+    assert linear.elbo.mean() > prior.elbo.mean() + 1
+
+
+def test_rows_that_have_converged_take_no_more_steps():
+    model = RVI(**{**MODELS[0][1], "epochs": 60, "lr": 1e-2}).fit(data(200, 13, seed=1))
+    X = data(300, 13)
+    first, whole, early = (
+        model.infer(X, steps=steps, stop_early=stop) for steps, stop in ((60, False), (150, False), (150, True))
+    )
+    done = first.converged
+    assert 0 < done.sum() < 300
+    assert torch.equal(bits(early)[done], bits(first)[done]) and early.converged[done].all()
+    assert not (bits(early)[~done] == bits(first)[~done]).all(1).any()
+    assert early.elbo[~done].mean() > first.elbo[~done].mean()
+    assert early.elbo.mean() > whole.elbo.mean() - 0.02 * (1 + whole.elbo.abs().mean())
+    some = torch.cat((done.nonzero()[:5, 0], (~done).nonzero()[:5, 0])).numpy()
+    assert torch.equal(bits(model.infer(X[some], steps=150)), bits(early)[some])
+
+
+@pytest.mark.parametrize("argument", [{"start": "ridge"}, {"stop_early": "no"}])
+def test_arguments_of_infer_are_checked(argument):
+    model = RVI(**MODELS[0][1]).fit(data(80, 13, seed=1))
+    with pytest.raises((TypeError, ValueError), match=next(iter(argument))):
+        model.infer(data(3, 13), **argument)
 
 
 def test_epochs_protocol_equals_dense_adam_over_minibatches():

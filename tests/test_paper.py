@@ -15,6 +15,8 @@ from rvi_fast.bench.paper import experiments, main
 from rvi_fast.bench.paper.claims import Claim, Comparison, claims, epochs_to
 from rvi_fast.bench.paper.fitting import INFERENCE_STEPS, Cells, _inferred, estimator, execute
 from rvi_fast.bench.paper.runs import SIZES, Point, Result, Results, Run, Size
+from rvi_fast.infer import InferencePlan, fit_new_rows
+from rvi_fast.observations import Observations
 
 TINY = Size(train_rows=48, test_rows=8, epochs=2, seeds=2)
 
@@ -54,7 +56,9 @@ def test_inference_is_the_librarys(protocol):
     found = dict(_inferred(model, x, mask, protocol))
     assert list(found) == list(INFERENCE_STEPS)
     for steps in INFERENCE_STEPS[:2]:
-        posterior = model.infer(X, steps=steps, protocol=protocol, row_ids=np.arange(64))
+        missed = -(-64 // model.batch_size_) - 1 if protocol == "epochs" else 0
+        plan = InferencePlan(steps, model._row_lr(), model.schedule_, model.seed, missed)
+        posterior = fit_new_rows(model.model_, Observations(X), model.units_, torch.arange(64), plan, False)
         np.testing.assert_allclose(found[steps], model.reconstruct(X, posterior=posterior), rtol=1e-5, atol=1e-6)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from .. import dispatch, reference
 from ..reference import AdamHyper
+from . import fit_rows_cpu
 from .checks import check_float, check_one_device, check_shape, checked_int
 from .elbo import WIDEST, ElboModel, shared_views
 from .likelihoods import check_x, twin_x
@@ -97,15 +99,56 @@ def _run(*args: Any) -> tuple[Tensor, ...]:
     start, row_ids, x, mask, weights, rates = args[:6]
     hyper, (seed, draws, x_scale, precision), model = AdamHyper(*args[6:9]), args[9:13], ElboModel(*args[13:])
     latent_dim = (start.shape[1] - sum(model.groups)) // 2
-    relays, *layers = shared_views(weights, model.shared_shapes(latent_dim, x.shape[1]))
+    frozen = _frozen(weights, model, latent_dim, x.shape[1])
+    if dispatch.use_triton("fit_rows", start.device, unsupported(start.dtype, start.device, latent_dim, model)):
+        return _launch(start, row_ids, x, mask, x_scale, *frozen, rates, hyper, seed, draws, precision)
+    if dispatch.use_numba(start.device):
+        return fit_rows_cpu.fit_rows(start, row_ids, x, mask, x_scale, *frozen, rates.tolist(), hyper, seed, draws)
+    x, mask = twin_x(x, mask, x_scale, start.dtype)
+    return _equations(start, row_ids, x, mask, *frozen, rates, hyper, seed, draws)
+
+
+def _frozen(
+    weights: Tensor, model: ElboModel, latent_dim: int, columns: int
+) -> tuple[Tensor, list[Tensor], Tensor, ElboModel]:
+    """Relays, the decoder's layers, the likelihood's scale, and the model."""
+    relays, *layers = shared_views(weights, model.shared_shapes(latent_dim, columns))
     scale = weights.new_full((), model.scale)
     if model.learned:
         scale = torch.sqrt(scale**2 + torch.exp(2 * layers.pop()))
-    frozen = relays, layers, scale, model
-    if dispatch.use_triton("fit_rows", start.device, unsupported(start.dtype, start.device, latent_dim, model)):
-        return _launch(start, row_ids, x, mask, x_scale, *frozen, rates, hyper, seed, draws, precision)
-    x, mask = twin_x(x, mask, x_scale, start.dtype)
-    return _equations(start, row_ids, x, mask, *frozen, rates, hyper, seed, draws)
+    return relays, layers, scale, model
+
+
+def row_gradients(
+    p: Tensor,
+    row_ids: Tensor,
+    x: Tensor,
+    mask: Tensor,
+    weights: Tensor,
+    model: ElboModel,
+    *,
+    seed: int,
+    draws: Sequence[int],
+) -> Tensor:
+    """The gradient [M, C] of each row's -log p(x_observed | z) + kl_weight KL at p [M, C], its mean over draws of z.
+
+    Arguments as of fit_rows, x in the model's units and mask bool; draws: their numbers, of step 0.
+    """
+    latent_dim = (p.shape[1] - sum(model.groups)) // 2
+    frozen = _frozen(weights, model, latent_dim, x.shape[1])
+    if dispatch.use_numba(p.device):
+        return fit_rows_cpu.row_gradients(p, row_ids, x, mask, 1.0, *frozen, seed, draws)
+    x, mask = twin_x(x, mask, 1.0, p.dtype)
+    losses = _losses_of(row_ids, x, mask, *frozen, seed)
+
+    def loss(p: Tensor, draw: int) -> Tensor:
+        nll, kl = losses(p, 0, draw)
+        return nll + model.kl_weight * kl
+
+    total = torch.zeros_like(p)
+    for draw in draws:
+        total += reference.row_gradient(p, loss, draw)
+    return total / len(draws)
 
 
 def _launch(
@@ -128,14 +171,7 @@ def _equations(
     relays: Tensor, layers: list[Tensor], scale: Tensor, model: ElboModel,
     rates: Tensor, hyper: AdamHyper, seed: int, draws: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    pairs = list(zip(layers[::2], layers[1::2], strict=True))
-
-    def losses(p: Tensor, step: int, draw: int = 0) -> tuple[Tensor, Tensor]:
-        noise = reference.philox_normal(seed, "infer", step, row_ids, relays.shape[1], draw, p.dtype)
-        return reference.row_losses(
-            p, noise, x, mask, relays, pairs, scale, model.groups, model.active,
-            model.activation, model.linear_path, model.likelihood,
-        )  # fmt: skip
+    losses = _losses_of(row_ids, x, mask, relays, layers, scale, model, seed)
 
     def loss(p: Tensor, step: int) -> Tensor:
         nll, kl = losses(p, step)
@@ -148,6 +184,23 @@ def _equations(
         nll, kl = losses(fit.p, 0, draw)
         elbo -= (nll + kl) / draws
     return fit.p, fit.v, elbo, fit.grad.norm(dim=1)
+
+
+def _losses_of(
+    row_ids: Tensor, x: Tensor, mask: Tensor,
+    relays: Tensor, layers: list[Tensor], scale: Tensor, model: ElboModel, seed: int,
+) -> Callable[..., tuple[Tensor, Tensor]]:  # fmt: skip
+    """nll and kl [M] as a function of p, step and draw."""
+    pairs = list(zip(layers[::2], layers[1::2], strict=True))
+
+    def losses(p: Tensor, step: int, draw: int = 0) -> tuple[Tensor, Tensor]:
+        noise = reference.philox_normal(seed, "infer", step, row_ids, relays.shape[1], draw, p.dtype)
+        return reference.row_losses(
+            p, noise, x, mask, relays, pairs, scale, model.groups, model.active,
+            model.activation, model.linear_path, model.likelihood,
+        )  # fmt: skip
+
+    return losses
 
 
 def _fake(start: Tensor, *args: Any) -> tuple[Tensor, ...]:

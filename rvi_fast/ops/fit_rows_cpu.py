@@ -85,3 +85,19 @@ def fit_rows(
         block.descend(step, lr, hyper)
     grad_norm = block.grad.norm(dim=1)
     return block.p, block.v, torch.from_numpy(block.elbo(draws)).to(start.dtype), grad_norm
+
+
+@torch.no_grad()
+@torch.autocast("cpu", enabled=False)
+def row_gradients(
+    p: Tensor, row_ids: Tensor, x: Tensor, mask: Tensor | None, x_scale: float,
+    relays: Tensor, layers: list[Tensor], scale: Tensor, model: ElboModel, seed: int, draws: Sequence[int],
+) -> Tensor:  # fmt: skip
+    """As ops.fit_rows's."""
+    block = Block(p, row_ids, x, mask, x_scale, relays, layers, scale, model, seed)
+    total = torch.zeros_like(p)
+    for draw in draws:
+        block.losses(0, draw)
+        block.gradient(block.decoder.gradient(), model.kl_weight)
+        total += block.grad
+    return total / len(draws)
