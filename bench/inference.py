@@ -12,6 +12,7 @@ all observed ones. Lines go to bench/results/<device>/inference.csv.
 from __future__ import annotations
 
 import argparse
+import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +26,7 @@ import rvi_fast
 from rvi_fast import RVI, VAE, data, masks, metrics
 from rvi_fast.estimators import Estimator
 from rvi_fast.infer import ROW_LR, ROW_SCHEDULE, InferencePlan, Posterior
+from rvi_fast.model import RowModel
 
 from . import load, results
 
@@ -42,6 +44,7 @@ def split(name: str, train: int, new: int) -> tuple[np.ndarray, np.ndarray]:
 def eager(model: RVI, X: np.ndarray, mask: np.ndarray, steps: int) -> Tensor:
     """Row parameters [M, C], one minibatch after the other."""
     module, found = model.model_, []
+    assert isinstance(module, RowModel)
     plan = InferencePlan(steps, ROW_LR, ROW_SCHEDULE, model.seed)
     ids = torch.arange(len(X))
     for start in range(0, len(X), BATCH):
@@ -71,11 +74,14 @@ def ways(model: RVI, quick: bool) -> dict[tuple[str, int], dict[str, Any]]:
     return found
 
 
-def line(model: Estimator, way: str, steps: int, seconds: float, posterior: Posterior | Tensor, cells: Any) -> dict:
+def line(
+    model: Estimator, way: str, steps: int, seconds: float, posterior: Posterior | Tensor, cells: Any
+) -> results.Line:
     """What was found: rows a second, ELBO where it is known, errors."""
     X, mask = cells
     if isinstance(posterior, Tensor):
-        mean = model.model_.posterior.mean_of(posterior).detach()  # type: ignore[union-attr, operator]
+        assert isinstance(model.model_, RowModel)
+        mean = model.model_.posterior.mean_of(posterior).detach()
         posterior = Posterior(mean, mean, mean.new_zeros(0), mean.new_zeros(0), torch.arange(len(X)))
     filled = model.reconstruct(X, mask, posterior=posterior) / 255
     truth = X.astype(np.float32) / 255
@@ -96,35 +102,35 @@ def timed(call: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - start, result
 
 
-def measure(model: Estimator, encoder: Estimator | None, cells: Any, quick: bool) -> list[dict]:
+def measure(model: Estimator, encoder: Estimator | None, cells: Any, quick: bool) -> list[results.Line]:
     assert isinstance(model, RVI)
     X, mask = cells
     model.infer(X[:64], mask[:64], steps=2)  # compiles
     lines = []
     for (way, steps), arguments in ways(model, quick).items():
-        seconds, posterior = timed(lambda arguments=arguments: model.infer(X, mask, **arguments))
+        seconds, posterior = timed(functools.partial(model.infer, X, mask, **arguments))
         lines.append(line(model, way, steps, seconds, posterior, cells))
         print(lines[-1], flush=True)
     some = X[:BATCH], mask[:BATCH]
     with rvi_fast.backend("torch"):
-        seconds, p = timed(lambda: eager(model, *some, 25 if quick else 250))
+        seconds, p = timed(functools.partial(eager, model, *some, 25 if quick else 250))
     lines.append(line(model, "eager", 25 if quick else 250, seconds, p, some))
     print(lines[-1], flush=True)
     if encoder is not None:
-        seconds, posterior = timed(lambda: encoder.infer(X, mask))
+        seconds, posterior = timed(functools.partial(encoder.infer, X, mask))
         lines.append(line(encoder, "encoder", 1, seconds, posterior, cells))
         print(lines[-1], flush=True)
     return lines
 
 
-def main() -> None:
+def main(given: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", choices=LOADERS, default="fashion-mnist")
     parser.add_argument("--missing", type=float, default=0.5)
     parser.add_argument("--model", choices=("default", "paper"), default="default")
     parser.add_argument("--quick", action="store_true", help="few rows and epochs: the numbers mean nothing")
     parser.add_argument("-o", "--out", type=Path, metavar="FOLDER")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(given)
     quick, device = arguments.quick, "cuda" if torch.cuda.is_available() else "cpu"
     train, new = split(arguments.data, *((512, 70) if quick else (10_000, 2_000)))
     observed = masks.mcar(train.shape, arguments.missing, seed=0)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from rvi_fast import cli
-from rvi_fast.bench import contestants, curves, load, main, race, results, settings
+from rvi_fast.bench import contestants, curves, inference, load, main, race, results, settings
 from rvi_fast.bench.contestants import APART, DECODER, DENSE, EAGER, ENTRIES, JAX, OURS, Entry
 from rvi_fast.bench.steps import Data, DenseAdamStep, RowAdamStep
 
@@ -257,3 +257,16 @@ def test_the_command_line_has_it(capsys):
     assert end.value.code == 0 and "--quick" in capsys.readouterr().out
     assert cli.main(["bench", "--workloads", "nothing", "--allow-load"]) == 1
     assert "no workload is called 'nothing'" in capsys.readouterr().err
+
+
+def test_inference_is_measured(tmp_path, monkeypatch, capsys):
+    rng = np.random.default_rng(0)
+    images = {"train": rng.integers(0, 256, (600, 784), np.uint8), "test": rng.integers(0, 256, (80, 784), np.uint8)}
+    monkeypatch.setitem(inference.LOADERS, "mnist", lambda split: (images[split], None))
+    inference.main(["--data", "mnist", "--quick", "-o", str(tmp_path)])
+    lines = results.read(tmp_path / "inference.csv")
+    assert {line["way"] for line in lines} == {"default", "prior", "linear", "epochs", "eager", "encoder"}
+    assert all(float(line["rows_per_s"]) > 0 and 0 < float(line["missing_error"]) < 2 for line in lines)
+    of = {(line["way"], line["steps"]): float(line["observed_error"]) for line in lines}
+    assert of["eager", "25"] == pytest.approx(of["prior", "25"], rel=0.05)  # other noise, the same descent
+    assert all(line["state"] == "dry" for line in lines) and "inference.csv" in capsys.readouterr().out
