@@ -111,10 +111,9 @@ def measure(model: Estimator, encoder: Estimator | None, cells: Any, quick: bool
         seconds, posterior = timed(functools.partial(model.infer, X, mask, **arguments))
         lines.append(line(model, way, steps, seconds, posterior, cells))
         print(lines[-1], flush=True)
-    some = X[:BATCH], mask[:BATCH]
     with rvi_fast.backend("torch"):
-        seconds, p = timed(functools.partial(eager, model, *some, 25 if quick else 250))
-    lines.append(line(model, "eager", 25 if quick else 250, seconds, p, some))
+        seconds, p = timed(functools.partial(eager, model, X, mask, 25 if quick else 250))
+    lines.append(line(model, "eager", 25 if quick else 250, seconds, p, cells))
     print(lines[-1], flush=True)
     if encoder is not None:
         seconds, posterior = timed(functools.partial(encoder.infer, X, mask))
@@ -135,7 +134,7 @@ def main(given: list[str] | None = None) -> None:
     train, new = split(arguments.data, *((512, 70) if quick else (10_000, 2_000)))
     observed = masks.mcar(train.shape, arguments.missing, seed=0)
     cells = new, masks.mcar(new.shape, arguments.missing, seed=1)
-    common = {"seed": 0, "progress": False} | ({"epochs": 2} if quick else {})
+    common: dict[str, Any] = {"seed": 0, "progress": False} | ({"epochs": 2} if quick else {})
     model = (RVI.paper if arguments.model == "paper" else RVI)(**common).fit(train, observed)
     encoder = VAE(**common).fit(train, observed) if arguments.model == "default" else None
     before = load.ticks()
