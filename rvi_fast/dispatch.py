@@ -87,7 +87,11 @@ def use_numba(device: torch.device) -> bool:
 
 @functools.cache
 def has_numba() -> bool:
-    return importlib.util.find_spec("numba") is not None
+    try:
+        import numba  # noqa: F401  (an installed one may refuse this NumPy)
+    except ImportError:
+        return False
+    return True
 
 
 def _lacking(op: str, device: torch.device) -> str | None:

@@ -22,7 +22,7 @@ def read_cells(x, x_scale, mask, row, cells, observed):
             observed[d] = x[row, d] == x[row, d]
     elif mask.shape[1] == columns:
         for d in range(columns):
-            observed[d] = mask[row, d]
+            observed[d] = mask[row, d] & 1  # one column's bits have the shape of its bytes
     else:
         for byte in range(mask.shape[1]):
             for bit in range(min(8, columns - 8 * byte)):

@@ -56,6 +56,10 @@ def step(
         kept[size] = Arrays(*size, shared, model)
     a = kept[size]
     clock = AdamClock.of(table.history, table.counters, table.constants, table.rates)
+    if clock.index + 1 >= clock.history.shape[1]:
+        raise IndexError(
+            f"history has room for {clock.history.shape[1] - 1} steps, all taken; call make_room(steps) of the ElboStep"
+        )
 
     _read_rows(table, rows, clock, a)
     nll, kl = _losses_and_gradients(table, batch, rows, model, a)
