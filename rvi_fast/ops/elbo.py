@@ -193,25 +193,17 @@ def _losses(
     row: Tensor, flat: Tensor, table: RowState, rows: Tensor, x: Tensor, mask: Tensor, model: ElboModel
 ) -> tuple[Tensor, Tensor]:
     """nll [B] and kl [B] of rows with parameters `row` [B, C] under the shared parameters flat [P]."""
-    num_relays = sum(model.groups)
-    latent_dim = (row.shape[1] - num_relays) // 2
-    coef, residual, log_std = row.split([num_relays, latent_dim, latent_dim], dim=1)
+    latent_dim = (row.shape[1] - sum(model.groups)) // 2
     relays, *layers = shared_views(flat, model.shared_shapes(latent_dim, x.shape[1]))
-    mean = residual
-    if model.groups:
-        mean = mean + reference.relay_mean(coef, relays, model.groups, model.active)
     noise = reference.philox_normal(table.seed, "train", table.noise_step, rows, latent_dim, dtype=row.dtype)
-    z = reference.gaussian_sample(mean, log_std, noise)
     scale = torch.full((), model.scale, dtype=row.dtype, device=row.device)
     if model.learned:
         scale = torch.sqrt(scale**2 + torch.exp(2 * layers.pop()))
     pairs = list(zip(layers[::2], layers[1::2], strict=True))
-    xhat = reference.mlp_decoder(z, pairs, model.activation, model.linear_path)
-    if model.likelihood == "bernoulli":
-        nll = reference.masked_bernoulli_nll(xhat, x, mask)
-    else:
-        nll = reference.masked_gaussian_nll(xhat, x, mask, scale)
-    return nll, reference.gaussian_kl(mean, log_std)
+    return reference.row_losses(
+        row, noise, x, mask, relays, pairs, scale, model.groups, model.active,
+        model.activation, model.linear_path, model.likelihood,
+    )  # fmt: skip
 
 
 def _step_shared(shared: SharedState, grad: Tensor) -> None:

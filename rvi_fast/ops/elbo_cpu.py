@@ -44,17 +44,15 @@ class Arrays(Rows):
 
 @torch.no_grad()
 @torch.autocast("cpu", enabled=False)
-def step(
-    table: RowState, batch: Batch, shared: SharedState, model: ElboModel, kept: dict[tuple[int, ...], Arrays]
-) -> None:
+def step(table: RowState, batch: Batch, shared: SharedState, model: ElboModel, kept: dict[tuple, Arrays]) -> None:
     """As elbo_step_, on rows in memory that the CPU reaches. kept: arrays of earlier steps of the same parameters."""
     rows = batch.rows[: int(batch.present)]
-    size = len(rows), table.values.shape[2], batch.x.shape[1]
-    if size not in kept:
+    size, form = (len(rows), table.values.shape[2], batch.x.shape[1]), model._replace(kl_weight=0.0)
+    if (size, form) not in kept:
         if len(kept) == SIZES:
             kept.clear()
-        kept[size] = Arrays(*size, shared, model)
-    a = kept[size]
+        kept[size, form] = Arrays(*size, shared, model)
+    a = kept[size, form]
     clock = AdamClock.of(table.history, table.counters, table.constants, table.rates)
     if clock.index + 1 >= clock.history.shape[1]:
         raise IndexError(
