@@ -9,7 +9,7 @@ from .likelihoods import Bernoulli, Gaussian, Likelihood
 from .model import RowModel
 from .nn import MLPDecoder
 
-COLUMNS_AT_ONCE = 1 << 22  # numbers of a block of columns' outer products
+COLUMNS_AT_ONCE = 1 << 22  # numbers of a block of columns' outer products; a model with no more keeps them
 LEAST_WEIGHT = 1e-6  # of the prior, without which latents that nothing observes have no variance
 
 
@@ -27,6 +27,10 @@ class LinearStart:
         self.model = model
         self.at_origin, self.slope = _tangent(model.decoder, model.posterior.latent_dim)
         self.precision = self._precision(model.likelihood)
+        columns, latent_dim = self.slope.shape
+        spans = torch.arange(columns).split(max(1, COLUMNS_AT_ONCE // latent_dim**2))
+        self.spans = [slice(int(span[0]), int(span[-1]) + 1) for span in spans]
+        self.outer = self._outer(self.spans[0]) if len(self.spans) == 1 else None  # else it would fill the memory
 
     @torch.no_grad()
     def _precision(self, likelihood: Likelihood) -> Tensor:
@@ -38,6 +42,12 @@ class LinearStart:
         return likelihood.scale().to(self.at_origin).square().reciprocal().expand_as(self.at_origin)
 
     @torch.no_grad()
+    def _outer(self, span: slice) -> Tensor:
+        """w_d J_d J_d^T of columns d, [d, T * T]."""
+        slope = self.slope[span]
+        return (slope[:, :, None] * (self.precision[span, None] * slope)[:, None, :]).flatten(1)
+
+    @torch.no_grad()
     def __call__(self, p: Tensor, x: Tensor, mask: Tensor) -> Tensor:
         """p [B, C] with residual and log_std such that the rows' posteriors are those of the tangent.
 
@@ -45,13 +55,11 @@ class LinearStart:
         conditioned for its dtype stays as it is.
         """
         posterior, kl_weight = self.model.posterior, max(self.model.kl_weight, LEAST_WEIGHT)
-        latent_dim, columns = posterior.latent_dim, len(self.at_origin)
+        latent_dim = posterior.latent_dim
         seen = mask.to(p.dtype)
         precision = p.new_zeros(len(p), latent_dim * latent_dim)
-        for span in torch.arange(columns).split(max(1, COLUMNS_AT_ONCE // latent_dim**2)):
-            slope = self.slope[span]
-            outer = (slope[:, :, None] * (self.precision[span, None] * slope)[:, None, :]).flatten(1)
-            precision += seen[:, span] @ outer
+        for span in self.spans:
+            precision += seen[:, span] @ (self._outer(span) if self.outer is None else self.outer)
         precision = precision.view(-1, latent_dim, latent_dim)
         precision.diagonal(dim1=1, dim2=2).add_(kl_weight)
         error = self.model.likelihood.mean(self.at_origin) - x
