@@ -66,7 +66,7 @@ def _of_rows(a: elbo_cpu.Arrays, rows: torch.Tensor, normal: Callable[..., torch
     def read() -> None:
         at, before, of_exact = rows.numpy(), last.numpy(), (clock_too.inexact_before, EPS_MEETS_GRADIENT)
         scalars = STEPS, *HYPER.logs(), HYPER.eps, reference.least_root(values.dtype)
-        adam.read_rows(flat, at, before, clock_too.history.numpy(), *scalars, *of_exact, *a.moving(), a.apart)
+        adam.read_rows(1, flat, at, before, clock_too.history.numpy(), *scalars, *of_exact, *a.moving(), a.apart)
 
     def equations_read() -> None:
         p, m, v = values[rows].unbind(1)
@@ -81,7 +81,7 @@ def _of_rows(a: elbo_cpu.Arrays, rows: torch.Tensor, normal: Callable[..., torch
         (
             "Adam's step of rows, scattered",
             equations_step,
-            lambda: adam.step_rows(flat, last.numpy(), rows.numpy(), *a.moving(), grad.numpy(), *factors, STEPS),
+            lambda: adam.step_rows(1, flat, last.numpy(), rows.numpy(), *a.moving(), grad.numpy(), factors, STEPS),
         ),
         ("the clock's step", lambda: clock.advance(LR), lambda: elbo_cpu._advance(clock_too, LR, 0.0)),
     ]
@@ -94,6 +94,7 @@ def _of_cells(
     x, mask, xhat = normal(ROWS, COLUMNS), normal(ROWS, COLUMNS) > 0, normal(BATCH, COLUMNS)
     factor, by_bias = np.full(COLUMNS, 1 / SCALE, np.float32), a.by_layers[-1].numpy()
     cells = x.numpy(), 1.0, mask.view(torch.uint8).numpy(), rows.numpy()
+    coef, weight = rows_cpu.bits_of(a.p), rows_cpu.bits_of(a.weight)
     leaf = xhat.clone().requires_grad_()
 
     def equations_loss() -> None:
@@ -105,7 +106,7 @@ def _of_cells(
         (
             "selection",
             lambda: reference.selected(a.p[:, : sum(GROUPS)], GROUPS, ACTIVE),
-            lambda: relays.select(a.p.numpy(), a.bits, a.groups, a.active, a.guesses, a.weight.numpy(), a.kept),
+            lambda: relays.select(1, coef, a.groups, a.active, a.guesses, weight, a.kept),
         ),
         (
             "noise",
@@ -115,7 +116,7 @@ def _of_cells(
         (
             "cells gathered, loss and gradient",
             equations_loss,
-            lambda: likelihood.gaussian(xhat.numpy(), *cells, factor, factor, a.squares, a.count, by_bias),
+            lambda: likelihood.gaussian(1, xhat.numpy(), *cells, factor, factor, a.squares, a.count, by_bias),
         ),
     ]
 

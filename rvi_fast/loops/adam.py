@@ -7,6 +7,8 @@ import math
 import numpy as np
 
 from .jit import compiled, exact
+from .memory import prefetch_next
+from .threads import share
 
 LOG_DECAY, LR = 4, 5  # rows of a clock's history, after the moments F0..F3
 
@@ -30,24 +32,33 @@ def missed(history, index, last, log_beta1, log_beta2):
 
 
 @compiled
-def read_rows(values, rows, last, history, index, log_beta1, log_beta2, eps, least, limit, margin, p, m, v, apart):
+def read_rows(
+    threads, values, rows, last, history, index, log_beta1, log_beta2, eps, least, limit, margin, p, m, v, apart
+):
     """p, m, v [B, C] of `rows` in values [N, 3C] as they are after step `index` of the clock.
 
-    Returns how many rows two nodes are not exact enough for; `apart` [B] begins with their places. Those last touched
-    before `limit` are looked at: they are not where m != 0 and sqrt(v) < margin eps times the larger node.
+    apart [B]: whether two nodes are not exact enough for a row. Those last touched before `limit` are looked at: they
+    are not where m != 0 and sqrt(v) < margin eps times the larger node.
     """
-    found, width = 0, p.shape[1]
-    for b in range(len(rows)):
+    clock = history, index, log_beta1, log_beta2
+    share(read_part, threads, len(rows), (values, rows, last, clock, eps, least, limit, margin, p, m, v, apart))
+
+
+@compiled
+def read_part(part, values, rows, last, clock, eps, least, limit, margin, p, m, v, apart):
+    _, begin, end = part
+    history, index, log_beta1, log_beta2 = clock
+    width = p.shape[1]
+    for b in range(begin, end):
+        prefetch_next(values, rows, b)
         at = last[rows[b]]
         w1, e1, w2, e2, decay, decay_m, decay_v = missed(history, index, at, log_beta1, log_beta2)
         copy(values[rows[b], :width], p[b])
         copy(values[rows[b], width : 2 * width], m[b])
         copy(values[rows[b], 2 * width :], v[b])
-        if at < limit and any_below(m[b], v[b], max((margin * eps * e2) ** 2, np.finfo(v.dtype).tiny)):
-            apart[found] = b
-            found += 1
+        floor = max((margin * eps * e2) ** 2, np.finfo(v.dtype).tiny)
+        apart[b] = at < limit and any_below(m[b], v[b], floor)
         catch_up(p[b], m[b], v[b], w1, max(eps * e1, least), w2, max(eps * e2, least), decay, decay_m, decay_v)
-    return found
 
 
 @compiled
@@ -91,18 +102,30 @@ def step(p, m, v, grad, size, root, keep, beta1, beta2, eps):
 
 
 @compiled
-def step_all(p, m, v, grad, size, root, keep, beta1, beta2, eps):
-    """`step` of p, m, v and grad [B, C]."""
-    for b in range(len(p)):
-        step(p[b], m[b], v[b], grad[b], size, root, keep, beta1, beta2, eps)
+def step_all(threads, p, m, v, grad, factors):
+    """`step` of [n]; factors: its numbers."""
+    share(step_all_part, threads, len(p), (p, m, v, grad, factors))
 
 
 @compiled
-def step_rows(values, last, rows, p, m, v, grad, size, root, keep, beta1, beta2, eps, touched):
+def step_all_part(part, p, m, v, grad, factors):
+    _, begin, end = part
+    step(p[begin:end], m[begin:end], v[begin:end], grad[begin:end], *factors)
+
+
+@compiled
+def step_rows(threads, values, last, rows, p, m, v, grad, factors, touched):
     """`step` of p, m, v and grad [B, C], into `rows` of values [N, 3C]; `touched` into their `last`."""
+    share(step_part, threads, len(rows), (values, last, rows, p, m, v, grad, factors, touched))
+
+
+@compiled
+def step_part(part, values, last, rows, p, m, v, grad, factors, touched):
+    _, begin, end = part
     width = grad.shape[1]
-    for b in range(len(rows)):
-        step(p[b], m[b], v[b], grad[b], size, root, keep, beta1, beta2, eps)
+    for b in range(begin, end):
+        prefetch_next(values, rows, b)
+        step(p[b], m[b], v[b], grad[b], *factors)
         copy(p[b], values[rows[b], :width])
         copy(m[b], values[rows[b], width : 2 * width])
         copy(v[b], values[rows[b], 2 * width :])

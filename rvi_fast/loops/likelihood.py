@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from .jit import compiled
+from .memory import prefetch_next
+from .threads import share
 
 ROWS_AT_ONCE = 32  # summed in float32 (counted in 8 bits) before float64 takes over
 
@@ -33,17 +35,31 @@ def read_cells(x, x_scale, mask, row, cells, observed):
 
 
 @compiled
-def gaussian(xhat, x, x_scale, mask, rows, inverse_scale, factor, squares, count, by_bias):
+def gaussian(threads, xhat, x, x_scale, mask, rows, inverse_scale, factor, squares, count, by_bias):
     """The gradient factor [D] * r replaces xhat [B, D], where r = (xhat - x) * inverse_scale [D], of observed cells.
 
     Columns' sums: of r^2 into squares [D] and of observed cells into count [D], both float64; of the gradient into
     by_bias [D].
     """
     columns = xhat.shape[1]
+    each_squares, each_count = np.zeros((threads, columns)), np.zeros((threads, columns))
+    each_by_bias = np.zeros((threads, columns), by_bias.dtype)
+    sums = each_squares, each_count, each_by_bias
+    share(gaussian_part, threads, len(xhat), (xhat, x, x_scale, mask, rows, inverse_scale, factor, sums))
+    add_up(each_squares, squares)
+    add_up(each_count, count)
+    add_up(each_by_bias, by_bias)
+
+
+@compiled
+def gaussian_part(part, xhat, x, x_scale, mask, rows, inverse_scale, factor, sums):
+    number, begin, end = part
+    squares, count, by_bias = sums[0][number], sums[1][number], sums[2][number]
+    columns = xhat.shape[1]
     cells, observed = np.empty(columns, xhat.dtype), np.empty(columns, np.uint8)
     some_squares, some_count = np.zeros(columns, xhat.dtype), np.zeros(columns, np.uint8)
-    squares[:], count[:], by_bias[:] = 0, 0, 0
-    for b in range(len(xhat)):
+    for b in range(begin, end):
+        prefetch_next(x, rows, b)
         read_cells(x, x_scale, mask, rows[b], cells, observed)
         row = xhat[b]
         residual(row, cells, observed, inverse_scale)
@@ -54,9 +70,18 @@ def gaussian(xhat, x, x_scale, mask, rows, inverse_scale, factor, squares, count
         multiply(row, factor)
         for d in range(columns):
             by_bias[d] += row[d]
-        if b % ROWS_AT_ONCE == 0 or b == len(xhat) - 1:
+        if b % ROWS_AT_ONCE == 0 or b == end - 1:
             move(some_squares, squares)
             move(some_count, count)
+
+
+@compiled
+def add_up(each, total):
+    """each [threads, D] into total [D]."""
+    total[:] = each[0]
+    for number in range(1, len(each)):
+        for d in range(len(total)):
+            total[d] += each[number, d]
 
 
 @compiled
@@ -68,24 +93,34 @@ def move(some, total):
 
 
 @compiled
-def bernoulli(logits, softplus, sigmoid, x, x_scale, mask, rows, share, by_bias):
-    """The gradient share * (sigmoid - x) of observed cells replaces logits [B, D]; its columns' sums go to by_bias.
+def bernoulli(threads, logits, softplus, sigmoid, x, x_scale, mask, rows, weight, by_bias):
+    """The gradient weight * (sigmoid - x) of observed cells replaces logits [B, D]; its columns' sums go to by_bias.
 
     Returns the sum of nll, softplus - x * logit.
     """
-    columns, share, total = logits.shape[1], logits.dtype.type(share), 0.0
+    each_total, each_by_bias = np.zeros(threads), np.zeros((threads, logits.shape[1]), logits.dtype)
+    sums, weight = (each_total, each_by_bias), logits.dtype.type(weight)
+    share(bernoulli_part, threads, len(logits), (logits, softplus, sigmoid, x, x_scale, mask, rows, weight, sums))
+    add_up(each_by_bias, by_bias)
+    return each_total.sum()
+
+
+@compiled
+def bernoulli_part(part, logits, softplus, sigmoid, x, x_scale, mask, rows, weight, sums):
+    number, begin, end = part
+    by_bias, columns, total = sums[1][number], logits.shape[1], 0.0
     cells, observed = np.empty(columns, logits.dtype), np.empty(columns, np.uint8)
-    by_bias[:] = 0
-    for b in range(len(logits)):
+    for b in range(begin, end):
+        prefetch_next(x, rows, b)
         read_cells(x, x_scale, mask, rows[b], cells, observed)
         row = logits[b]
         total += cross_entropy(row, softplus[b], cells, observed)
         difference(sigmoid[b], cells, observed, row)
         for d in range(columns):
-            row[d] *= share
+            row[d] *= weight
         for d in range(columns):
             by_bias[d] += row[d]
-    return total
+    sums[0][number] = total
 
 
 @compiled

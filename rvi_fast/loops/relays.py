@@ -5,29 +5,38 @@ from __future__ import annotations
 import numpy as np
 
 from .jit import compiled
+from .threads import share
 
 
 @compiled
-def select(rows, bits, groups, active, guesses, weight, kept):
+def select(threads, coef, groups, active, guesses, weight, kept):
     """kept [B, K]: the |B| largest of each group by absolute value, ties to the lower index; weight [B, K]: coef there.
 
-    rows [B, C] begin with their coefficients; bits: theirs, as integers, which without the sign order absolute values.
-    guesses: int64 [B, G], where to look for the groups' thresholds first, which are left there.
+    All are integers: coef [B, C] begins with the bits of the coefficients, which without the sign order absolute
+    values; weight takes bits; kept has all bits where a coefficient is kept, or none. guesses: int64 [B, G], where to
+    look for the groups' thresholds first, which are left there.
     """
-    sign = np.iinfo(bits.dtype).max
+    share(select_part, threads, len(coef), (coef, groups, active, guesses, weight, kept))
+
+
+@compiled
+def select_part(part, coef, groups, active, guesses, weight, kept):
+    _, begin, end = part
+    sign = np.iinfo(coef.dtype).max
     strides = np.zeros(len(groups), np.int64)
-    scratch = np.empty(weight.shape[1], bits.dtype)
-    for b in range(len(rows)):
+    scratch = np.empty(weight.shape[1], coef.dtype)
+    for b in range(begin, end):
         start = 0
         for g in range(len(groups)):
             stop, magnitude = start + groups[g], scratch[start : start + groups[g]]
-            without_sign(bits[b, start:stop], sign, magnitude)
+            without_sign(coef[b, start:stop], sign, magnitude)
             threshold, extra, strides[g] = threshold_of(magnitude, active[g], guesses[b, g], strides[g])
             guesses[b, g] = threshold
-            cut(magnitude, threshold, rows[b, start:stop], weight[b, start:stop], kept[b, start:stop])
+            reach(magnitude, threshold, kept[b, start:stop])
             if extra:
-                drop_ties(magnitude, threshold, extra, weight[b, start:stop], kept[b, start:stop])
+                drop_ties(magnitude, threshold, extra, kept[b, start:stop])
             start = stop
+        only(coef[b, :start], kept[b], weight[b])
 
 
 @compiled
@@ -37,14 +46,16 @@ def without_sign(bits, sign, magnitude):
 
 
 @compiled
-def cut(magnitude, threshold, coef, weight, kept):
-    """coef [K] where magnitude reaches the threshold, 0 elsewhere."""
-    threshold, zero = magnitude.dtype.type(threshold), coef.dtype.type(0)
+def reach(magnitude, threshold, kept):
+    threshold, all_bits, none = kept.dtype.type(threshold), kept.dtype.type(-1), kept.dtype.type(0)
     for k in range(len(kept)):
-        kept[k] = magnitude[k] >= threshold
+        kept[k] = all_bits if magnitude[k] >= threshold else none
+
+
+@compiled
+def only(bits, kept, out):
     for k in range(len(kept)):
-        value = coef[k]
-        weight[k] = value if kept[k] else zero
+        out[k] = bits[k] & kept[k]
 
 
 @compiled
@@ -99,21 +110,27 @@ def at_least(magnitude, threshold):
 
 
 @compiled
-def drop_ties(magnitude, least, extra, weight, kept):
+def drop_ties(magnitude, least, extra, kept):
     for k in range(len(kept) - 1, -1, -1):
         if extra and magnitude[k] == least:
-            weight[k], kept[k] = 0, False
+            kept[k] = 0
             extra -= 1
 
 
 @compiled
-def sample(mean, rows, sigma, radius, cosine, sine, spread, z, kl):
+def sample(threads, mean, rows, sigma, radius, cosine, sine, spread, z, kl):
     """spread [B, T] = sigma * noise and z = mean + spread, of noise by Box-Muller; kl [B]: KL(q || N(0, I)).
 
     radius, cosine, sine: [B, P], of pairs of latents; log_std stands at the end of rows [B, C], sigma is its exp.
     """
+    share(sample_part, threads, len(rows), (mean, rows, sigma, radius, cosine, sine, spread, z, kl))
+
+
+@compiled
+def sample_part(part, mean, rows, sigma, radius, cosine, sine, spread, z, kl):
+    _, begin, end = part
     half, latents = mean.dtype.type(0.5), mean.shape[1]
-    for b in range(len(mean)):
+    for b in range(begin, end):
         log_std = rows[b, rows.shape[1] - latents :]
         for t in range(latents):
             noise = radius[b, t // 2] * (sine[b, t // 2] if t & 1 else cosine[b, t // 2])
@@ -145,37 +162,42 @@ def sum_of(a):
 
 
 @compiled
-def sample_gradients(by_z, mean, sigma, spread, share, grad):
-    """Gradients of nll + share * KL by mean and log_std [B, T], the last of grad [B, C], from that of nll by z."""
-    share, latents, width = mean.dtype.type(share), mean.shape[1], grad.shape[1]
-    for b in range(len(mean)):
+def sample_gradients(threads, by_z, mean, sigma, spread, weight, grad):
+    """Gradients of nll + weight * KL by mean and log_std [B, T], the last of grad [B, C], from that of nll by z."""
+    share(sample_gradients_part, threads, len(mean), (by_z, mean, sigma, spread, mean.dtype.type(weight), grad))
+
+
+@compiled
+def sample_gradients_part(part, by_z, mean, sigma, spread, weight, grad):
+    _, begin, end = part
+    latents, width = mean.shape[1], grad.shape[1]
+    for b in range(begin, end):
         by_mean, by_log_std = grad[b, width - 2 * latents : width - latents], grad[b, width - latents :]
-        of_mean(by_z[b], mean[b], share, by_mean)
-        of_log_std(by_z[b], spread[b], sigma[b], share, by_log_std)
+        of_mean(by_z[b], mean[b], weight, by_mean)
+        of_log_std(by_z[b], spread[b], sigma[b], weight, by_log_std)
 
 
 @compiled
-def of_mean(by_z, mean, share, out):
+def of_mean(by_z, mean, weight, out):
     for t in range(len(out)):
-        out[t] = by_z[t] + share * mean[t]
+        out[t] = by_z[t] + weight * mean[t]
 
 
 @compiled
-def of_log_std(by_z, spread, sigma, share, out):
+def of_log_std(by_z, spread, sigma, weight, out):
     for t in range(len(out)):
-        out[t] = by_z[t] * spread[t] + (share * (sigma[t] * sigma[t]) - share)
+        out[t] = by_z[t] * spread[t] + (weight * (sigma[t] * sigma[t]) - weight)
 
 
 @compiled
-def keep(grad, kept):
-    """0 where `kept` [B, K] is False, at the beginning of grad [B, C]: only selected coefficients have a gradient."""
-    for b in range(len(kept)):
-        keep_row(grad[b], kept[b])
+def keep(threads, grad, kept):
+    """Only selected coefficients have a gradient: of the bits at the beginning of grad [B, C], those of kept [B, K]."""
+    share(keep_part, threads, len(kept), (grad, kept))
 
 
 @compiled
-def keep_row(grad, kept):
-    zero = grad.dtype.type(0)
-    for k in range(len(kept)):
-        value = grad[k]
-        grad[k] = value if kept[k] else zero
+def keep_part(part, grad, kept):
+    _, begin, end = part
+    for b in range(begin, end):
+        of_coef = grad[b, : kept.shape[1]]
+        only(of_coef, kept[b], of_coef)

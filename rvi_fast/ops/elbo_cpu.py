@@ -38,7 +38,7 @@ class Arrays(Rows):
         self.log_scale = layers.pop() if model.learned else None
         super().__init__(batch, width, relays, model)
         self.decoder = Decoder(batch, layers, model)
-        self.apart, self.in_order = np.empty(batch, np.int64), np.arange(batch)  # rows left to the equations; all
+        self.apart, self.in_order = np.empty(batch, bool), np.arange(batch)  # apart: rows left to the equations
         self.squares, self.count = np.empty(columns), np.empty(columns)
 
 
@@ -73,19 +73,19 @@ def step(table: RowState, batch: Batch, shared: SharedState, model: ElboModel, k
 
 def _read_rows(table: RowState, rows: Tensor, clock: AdamClock, a: Arrays) -> None:
     """The rows' p, m and v into a.p, a.m and a.v, brought up to date (reference.catch_up)."""
-    from ..loops import adam
+    from ..loops import adam, threads
 
     hyper, least = clock.hyper, reference.least_root(table.values.dtype)
-    found = len(rows)
     if clock.closed_form:
-        found = adam.read_rows(
-            table.values.flatten(1).numpy(), rows.numpy(), table.last.numpy(), clock.history.numpy(), clock.index,
-            *hyper.logs(), hyper.eps, least, clock.inexact_before, EPS_MEETS_GRADIENT, *a.moving(), a.apart,
+        adam.read_rows(
+            threads.available(), table.values.flatten(1).numpy(), rows.numpy(), table.last.numpy(),
+            clock.history.numpy(), clock.index, *hyper.logs(), hyper.eps, least, clock.inexact_before,
+            EPS_MEETS_GRADIENT, *a.moving(), a.apart,
         )  # fmt: skip
     else:
-        a.apart[:] = a.in_order
-    if found:
-        apart = torch.from_numpy(a.apart[:found])
+        a.apart[:] = True
+    if a.apart.any():
+        apart = torch.from_numpy(a.apart.nonzero()[0])
         at = rows[apart]
         p, m, v = table.values[at].unbind(1)
         caught_up = clock.catch_up(p, m, v, table.last[at])
@@ -107,7 +107,7 @@ def _losses_and_gradients(
 
 def _loss(batch: Batch, rows: Tensor, model: ElboModel, a: Arrays) -> float:
     """The sum of nll; the gradient of its mean over rows replaces xhat, and its sum over rows is the last bias's."""
-    from ..loops import likelihood
+    from ..loops import likelihood, threads
 
     x, mask, at = batch.x, batch.mask, rows.numpy()
     if batch.gathered:
@@ -115,19 +115,19 @@ def _loss(batch: Batch, rows: Tensor, model: ElboModel, a: Arrays) -> float:
     if x.dtype not in (a.p.dtype, torch.uint8):
         x, mask, at = x[at].to(a.p.dtype), None if mask is None else mask[at], a.in_order
     cells = x.numpy(), batch.x_scale, None if mask is None else mask.view(torch.uint8).numpy(), at
-    logits = a.decoder.xhat
+    logits, at_once = a.decoder.xhat, threads.available()
     xhat, by_bias, share = logits.numpy(), a.by_layers[2 * len(model.hidden) + 1].numpy(), 1 / len(rows)
     if model.likelihood == "bernoulli":
         softplus, sigmoid = torch.nn.functional.softplus(logits).numpy(), torch.sigmoid(logits).numpy()
-        return likelihood.bernoulli(xhat, softplus, sigmoid, *cells, share, by_bias)
+        return likelihood.bernoulli(at_once, xhat, softplus, sigmoid, *cells, share, by_bias)
     if a.log_scale is None:
         scale = np.full(xhat.shape[1], model.scale, xhat.dtype)
-        likelihood.gaussian(xhat, *cells, 1 / scale, share / scale, a.squares, a.count, by_bias)
+        likelihood.gaussian(at_once, xhat, *cells, 1 / scale, share / scale, a.squares, a.count, by_bias)
         return 0.5 * a.squares.sum() + a.count.sum() * (math.log(model.scale) + HALF_LOG_2PI)
     exponent = torch.exp(2 * a.log_scale)
     by_scale = torch.sqrt(model.scale**2 + exponent)
     scale = by_scale.numpy()
-    likelihood.gaussian(xhat, *cells, 1 / scale, share / scale, a.squares, a.count, by_bias)
+    likelihood.gaussian(at_once, xhat, *cells, 1 / scale, share / scale, a.squares, a.count, by_bias)
     by_log = (a.count - a.squares) / scale * (exponent.numpy() / scale * share)
     a.by_layers[-1].copy_(torch.from_numpy(by_log))
     return 0.5 * a.squares.sum() + a.count @ (np.log(scale.astype(np.float64)) + HALF_LOG_2PI)
@@ -135,11 +135,11 @@ def _loss(batch: Batch, rows: Tensor, model: ElboModel, a: Arrays) -> float:
 
 def _step_rows(table: RowState, rows: Tensor, clock: AdamClock, lr: float, weight_decay: float, a: Arrays) -> None:
     """Adam's step of the rows by a.grad, into the table."""
-    from ..loops import adam
+    from ..loops import adam, threads
 
     factors = adam_factors(clock.steps + 1, lr, weight_decay, clock.hyper)
-    values, last = table.values.flatten(1).numpy(), table.last.numpy()
-    adam.step_rows(values, last, rows.numpy(), *a.moving(), a.grad.numpy(), *factors, clock.index + 1)
+    at = table.values.flatten(1).numpy(), table.last.numpy(), rows.numpy()
+    adam.step_rows(threads.available(), *at, *a.moving(), a.grad.numpy(), factors, clock.index + 1)
     torch.autograd.graph.increment_version(table.values)  # of which NumPy knows nothing
 
 
@@ -155,7 +155,7 @@ def _advance(clock: AdamClock, lr: float, weight_decay: float) -> None:
 
 
 def _step_shared(shared: SharedState, a: Arrays) -> None:
-    from ..loops import adam
+    from ..loops import adam, threads
 
     shared.steps.add_(1)
     beta1, beta2, _, _, eps = shared.constants.tolist()
@@ -163,4 +163,5 @@ def _step_shared(shared: SharedState, a: Arrays) -> None:
     weights, grad = shared.weights.numpy(), a.shared_grad.numpy()
     spans = slice(shared.second), slice(shared.second, None)
     for span, (lr, weight_decay) in zip(spans, shared.rates.tolist(), strict=True):
-        adam.step(*weights[:, span], grad[span], *adam_factors(number, lr, weight_decay, hyper))
+        factors = adam_factors(number, lr, weight_decay, hyper)
+        adam.step_all(threads.available(), *weights[:, span], grad[span], factors)

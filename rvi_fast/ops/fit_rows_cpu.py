@@ -56,11 +56,12 @@ class Block(Rows):
 
     def descend(self, step: int, lr: float, hyper: AdamHyper) -> None:
         """Step number `step`, from 0, of Adam on each row's own loss."""
-        from ..loops import adam
+        from ..loops import adam, threads
 
         self.losses(step)
         self.gradient(self.decoder.gradient(), self.model.kl_weight)
-        adam.step_all(*self.moving(), self.grad.numpy(), *adam_factors(step + 1, lr, 0.0, hyper))
+        moving = (a.reshape(-1) for a in (*self.moving(), self.grad.numpy()))
+        adam.step_all(threads.available(), *moving, adam_factors(step + 1, lr, 0.0, hyper))
 
     def elbo(self, draws: int) -> np.ndarray:
         """Mean over draws 1 .. `draws` [B]."""

@@ -44,8 +44,7 @@ class Rows:
         spans = [num_relays, latent_dim, latent_dim]
         _, self.residual, self.log_std = self.p.split(spans, dim=1)
         self.by_coef, self.by_mean, _ = self.grad.split(spans, dim=1)
-        self.bits = self.p.view(reference.INTEGERS[self.p.itemsize]).numpy()
-        self.weight, self.kept = empty(batch, num_relays), np.empty((batch, num_relays), bool)
+        self.weight, self.kept = empty(batch, num_relays), np.empty((batch, num_relays), bits_of(self.p).dtype)
         self.radius, self.angle, self.cosine = (empty(batch, 2 * -(-latent_dim // 4)) for _ in range(3))
         self.mean, self.sigma, self.spread, self.z = (empty(batch, latent_dim) for _ in range(4))
         self.kl = np.empty(batch, self.mean.numpy().dtype)
@@ -57,15 +56,17 @@ class Rows:
     def sample(self, seed: int, stream: str, step: int, row_ids: Tensor, draw: int = 0) -> None:
         """z [B, T] and kl [B] of p (reference.row_losses)."""
         from ..loops import relays as loops
+        from ..loops import threads
 
-        of_groups = self.groups, self.active, self.guesses
-        loops.select(self.p.numpy(), self.bits, *of_groups, self.weight.numpy(), self.kept)
+        of_groups, at_once = (self.groups, self.active, self.guesses), threads.available()
+        loops.select(at_once, bits_of(self.p), *of_groups, bits_of(self.weight), self.kept)
         torch.addmm(self.residual, self.weight, self.relays, out=self.mean)
         noise = self._box_muller(seed, stream, step, row_ids, draw)
         sigma = self.sigma.numpy()
         with np.errstate(over="ignore"):  # whoever reads the loss says what is infinite
             np.exp(self.log_std.numpy(), out=sigma)
-        loops.sample(self.mean.numpy(), self.p.numpy(), sigma, *noise, self.spread.numpy(), self.z.numpy(), self.kl)
+        out = self.spread.numpy(), self.z.numpy(), self.kl
+        loops.sample(at_once, self.mean.numpy(), self.p.numpy(), sigma, *noise, *out)
 
     def _box_muller(self, seed: int, stream: str, step: int, row_ids: Tensor, draw: int) -> tuple[np.ndarray, ...]:
         """radius, cosine and sine [B, P] by whose products reference.philox_normal has its normals, to the bit."""
@@ -80,11 +81,12 @@ class Rows:
     def gradient(self, by_z: Tensor, kl_weight: float) -> None:
         """grad [B, C] by p of a loss plus kl_weight * kl, of which by_z [B, T] is the gradient by z."""
         from ..loops import relays as loops
+        from ..loops import threads
 
-        mean, sigma, spread = self.mean.numpy(), self.sigma.numpy(), self.spread.numpy()
-        loops.sample_gradients(by_z.numpy(), mean, sigma, spread, kl_weight, self.grad.numpy())
+        of_sample, at_once = (self.mean.numpy(), self.sigma.numpy(), self.spread.numpy()), threads.available()
+        loops.sample_gradients(at_once, by_z.numpy(), *of_sample, kl_weight, self.grad.numpy())
         torch.mm(self.by_mean, self.relays.T, out=self.by_coef)
-        loops.keep(self.grad.numpy(), self.kept)
+        loops.keep(at_once, bits_of(self.grad), self.kept)
 
 
 class Decoder:
@@ -126,6 +128,11 @@ class Decoder:
                 torch.sum(grad, dim=0, out=by_layers[2 * i + 1])
             grad = grad @ self.hidden[i][0]
         return grad if by_linear is None else grad + by_linear
+
+
+def bits_of(values: Tensor) -> np.ndarray:
+    """As integers of the same size, in the same memory."""
+    return values.view(reference.INTEGERS[values.itemsize]).numpy()
 
 
 def adam_factors(number: int, lr: float, weight_decay: float, hyper: reference.AdamHyper) -> tuple[float, ...]:
