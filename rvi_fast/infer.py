@@ -7,7 +7,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from .train.trainer import BAR_DELAY_S
 
 BLOCK = 64  # rows fitted together, always exactly so many: a row's bits do not depend on the call it came in
 BLOCKS_AT_ONCE = 16  # of which the rows that have not converged are put together again
+BLOCKS_OF_LOOPS = 8  # that the CPU's loops step together, each in products of its own: a call costs as much for one
 CELLS_OF_LAUNCH, ROWS_OF_LAUNCH = 1 << 26, 1 << 17  # at most, where a kernel fits rows, which share nothing there
 LAUNCHES_AT_ONCE = 2  # one is read while the other is fitted
 ROWS_OF_PRODUCTS = 1 << 12  # that PyTorch's products see together then, always exactly so many
@@ -42,6 +43,13 @@ HYPER = AdamHyper(0.9, 0.999, 1e-8)
 PROTOCOLS = ("row", "epochs")
 STARTS = ("linear", "prior")
 ROW_LR, ROW_SCHEDULE = 0.1, "cosine"  # of protocol "row"; docs/inference.md has the times
+
+
+class Parts(NamedTuple):
+    """How rows are cut for a function: `most` rows at a time, filled up with zeros to a multiple of `unit`."""
+
+    most: int
+    unit: int
 
 
 @dataclasses.dataclass
@@ -126,7 +134,7 @@ def _fit(
     posterior = fits.model.posterior
     p = posterior.initial_values(ids).to(x.device)
     if start is not None:
-        (p,) = by_parts(lambda *rows: (start(*rows),), fits.rows_of_products, p, x, mask)
+        (p,) = by_parts(lambda *rows: (start(*rows),), fits.parts_of_products, p, x, mask)
     empty = ~mask.any(1)
     converged, elbo, left = empty.clone(), p.new_zeros(len(p)), torch.arange(len(p), device=x.device)
     for number, of_round in enumerate(plan.rounds()):
@@ -134,35 +142,37 @@ def _fit(
         if len(left):
             rows = ids[left], x[left], mask[left]
             p[left], v, elbo[left] = by_parts(
-                functools.partial(fits.fit, of_round), fits.rows_of_fit or len(left), p[left], *rows
+                functools.partial(fits.fit, of_round), fits.parts_of_fit, p[left], *rows
             )
             converged[left] = _cannot_gain(fits, of_round, p[left], v, elbo[left], *rows)
     converged |= empty
     p[empty], elbo[empty] = 0, 0  # the prior is their exact optimum: zero mean, unit standard deviation
     with torch.no_grad():
-        (mean,) = by_parts(lambda p: (posterior.mean_of(p),), fits.rows_of_products, p)
+        (mean,) = by_parts(lambda p: (posterior.mean_of(p),), fits.parts_of_products, p)
         return mean, posterior.log_std_of(p).exp(), elbo, converged, p
 
 
 def _cannot_gain(fits: Fits, plan: InferencePlan, p: Tensor, v: Tensor, elbo: Tensor, *rows: Tensor) -> Tensor:
     """Which rows more steps at the full rate would not improve (a rate gone to 0 proves nothing), bool [B]."""
-    (grad,) = by_parts(fits.gradient, fits.rows_of_products, p, *rows)
+    (grad,) = by_parts(fits.gradient, fits.parts_of_gradient, p, *rows)
     bc2 = HYPER.bias_corrections(plan.adam_step(plan.steps - 1))[1].to(v)
     direction = plan.lr * grad / ((v / bc2).sqrt() + HYPER.eps)
     gains = []
     for steps in PROBES:
-        (there,) = by_parts(fits.elbo, fits.rows_of_fit or len(p), p - steps * direction, *rows)
+        (there,) = by_parts(fits.elbo, fits.parts_of_fit, p - steps * direction, *rows)
         gains.append(there - elbo)
     return torch.stack(gains).amax(0) <= CONVERGED * (1 + elbo.abs())
 
 
-def by_parts(function: Callable[..., tuple[Tensor, ...]], size: int, *rows: Tensor) -> tuple[Tensor, ...]:
-    """function of `size` rows at a time, always exactly so many: the last ones with zeros below them."""
+def by_parts(function: Callable[..., tuple[Tensor, ...]], parts: Parts, *rows: Tensor) -> tuple[Tensor, ...]:
+    """function of the rows, a part at a time."""
     found = []
-    for first in range(0, len(rows[0]), size):
-        part = [t[first : first + size] for t in rows]
-        found.append([t[: len(part[0])] for t in function(*(padded_block(t, size) for t in part))])
-    return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
+    for first in range(0, len(rows[0]), parts.most):
+        part = [t[first : first + parts.most] for t in rows]
+        size = len(part[0])
+        whole = -(-size // parts.unit) * parts.unit
+        found.append([t[:size] for t in function(*(padded_block(t, whole) for t in part))])
+    return tuple(torch.cat(results) for results in zip(*found, strict=True))
 
 
 def map_blocks(
@@ -208,7 +218,7 @@ def clocks_between_visits(plan: InferencePlan, device: torch.device) -> list[Ada
 class Fits:
     """Fits, ELBOs and gradients of a block of rows by autograd: for any decoder and both protocols."""
 
-    rows_of_fit = rows_of_products = BLOCK
+    parts_of_fit = parts_of_products = parts_of_gradient = Parts(BLOCK, BLOCK)
 
     def __init__(self, model: RowModel, plan: InferencePlan):
         self.model, self.seed = model, plan.seed
@@ -251,7 +261,10 @@ class FusedFits(Fits):
         self.weights = torch.cat([parameter.detach().reshape(-1) for parameter in shared_parameters(model)])
         self.by_kernel = not dispatch.use_numba(self.weights.device)
         if self.by_kernel:  # rows share nothing in it
-            self.rows_of_fit, self.rows_of_products = 0, ROWS_OF_PRODUCTS
+            self.parts_of_fit = Parts(ROWS_OF_LAUNCH, 1)
+            self.parts_of_products = self.parts_of_gradient = Parts(ROWS_OF_PRODUCTS, ROWS_OF_PRODUCTS)
+        else:
+            self.parts_of_fit = self.parts_of_gradient = Parts(BLOCKS_OF_LOOPS * BLOCK, BLOCK)
 
     @staticmethod
     def can_take(model: RowModel, plan: InferencePlan) -> bool:

@@ -85,7 +85,7 @@ def test_noise_has_the_bits_of_the_equations(dim, dtype):
             zero = np.zeros((rows, dim), radius.numpy().dtype)
             z, spread = np.empty_like(zero), np.empty_like(zero)
             parts = (t.numpy() for t in (radius.log().mul(-2).sqrt(), angle.cos(), angle.sin()))
-            relays.sample(1, zero, zero, zero + 1, *parts, spread, z, zero[:, 0].copy())
+            relays.sample(zero, zero, zero + 1, *parts, spread, z, zero[:, 0].copy())
             assert torch.equal(torch.from_numpy(z), expected) and np.array_equal(z, spread)
 
 
@@ -232,7 +232,7 @@ def check_bernoulli(threads, logits, x, mask, cells):
     assert total == pytest.approx(float(nll.detach().double().sum()), rel=1e-5)
 
 
-def test_gradients_of_the_sample_are_those_of_the_equations(threads):
+def test_gradients_of_the_sample_are_those_of_the_equations():
     generator = torch.Generator().manual_seed(0)
     mean, log_std, noise, by_z = (torch.randn(9, 5, generator=generator, dtype=torch.float64) for _ in range(4))
     leaves = mean.clone().requires_grad_(), log_std.clone().requires_grad_()
@@ -244,12 +244,12 @@ def test_gradients_of_the_sample_are_those_of_the_equations(threads):
     even, odd = (torch.nn.functional.pad(noise, (0, 1))[:, start::2].contiguous().numpy() for start in (0, 1))
     parts = np.ones((9, 3)), even, odd
     found = np.empty(9)
-    relays.sample(threads, mean.numpy(), rows.numpy(), sigma.numpy(), *parts, spread, sampled, found)
+    relays.sample(mean.numpy(), rows.numpy(), sigma.numpy(), *parts, spread, sampled, found)
     torch.testing.assert_close(torch.from_numpy(sampled), z.detach())
     torch.testing.assert_close(torch.from_numpy(found), kl.detach())
-    relays.sample_gradients(threads, by_z.numpy(), mean.numpy(), sigma.numpy(), spread, 0.3, grad)
+    relays.sample_gradients(by_z.numpy(), mean.numpy(), sigma.numpy(), spread, 0.3, grad)
     torch.testing.assert_close(torch.from_numpy(grad[:, 2:]), torch.cat(expected, dim=1))
     found = grad.copy()
     kept = np.where(np.arange(18).reshape(9, 2) % 3 == 0, -1, 0)
-    relays.keep(threads, bits_of(torch.from_numpy(found)), kept)
+    relays.keep(bits_of(torch.from_numpy(found)), kept)
     assert np.array_equal(found[:, :2], np.where(kept, grad[:, :2], 0)) and np.array_equal(found[:, 2:], grad[:, 2:])

@@ -118,19 +118,13 @@ def drop_ties(magnitude, least, extra, kept):
 
 
 @compiled
-def sample(threads, mean, rows, sigma, radius, cosine, sine, spread, z, kl):
+def sample(mean, rows, sigma, radius, cosine, sine, spread, z, kl):
     """spread [B, T] = sigma * noise and z = mean + spread, of noise by Box-Muller; kl [B]: KL(q || N(0, I)).
 
     radius, cosine, sine: [B, P], of pairs of latents; log_std stands at the end of rows [B, C], sigma is its exp.
     """
-    share(sample_part, threads, len(rows), (mean, rows, sigma, radius, cosine, sine, spread, z, kl))
-
-
-@compiled
-def sample_part(part, mean, rows, sigma, radius, cosine, sine, spread, z, kl):
-    _, begin, end = part
     half, latents = mean.dtype.type(0.5), mean.shape[1]
-    for b in range(begin, end):
+    for b in range(len(rows)):
         log_std = rows[b, rows.shape[1] - latents :]
         for t in range(latents):
             noise = radius[b, t // 2] * (sine[b, t // 2] if t & 1 else cosine[b, t // 2])
@@ -162,16 +156,10 @@ def sum_of(a):
 
 
 @compiled
-def sample_gradients(threads, by_z, mean, sigma, spread, weight, grad):
+def sample_gradients(by_z, mean, sigma, spread, weight, grad):
     """Gradients of nll + weight * KL by mean and log_std [B, T], the last of grad [B, C], from that of nll by z."""
-    share(sample_gradients_part, threads, len(mean), (by_z, mean, sigma, spread, mean.dtype.type(weight), grad))
-
-
-@compiled
-def sample_gradients_part(part, by_z, mean, sigma, spread, weight, grad):
-    _, begin, end = part
-    latents, width = mean.shape[1], grad.shape[1]
-    for b in range(begin, end):
+    weight, latents, width = mean.dtype.type(weight), mean.shape[1], grad.shape[1]
+    for b in range(len(mean)):
         by_mean, by_log_std = grad[b, width - 2 * latents : width - latents], grad[b, width - latents :]
         of_mean(by_z[b], mean[b], weight, by_mean)
         of_log_std(by_z[b], spread[b], sigma[b], weight, by_log_std)
@@ -190,14 +178,8 @@ def of_log_std(by_z, spread, sigma, weight, out):
 
 
 @compiled
-def keep(threads, grad, kept):
+def keep(grad, kept):
     """Only selected coefficients have a gradient: of the bits at the beginning of grad [B, C], those of kept [B, K]."""
-    share(keep_part, threads, len(kept), (grad, kept))
-
-
-@compiled
-def keep_part(part, grad, kept):
-    _, begin, end = part
-    for b in range(begin, end):
+    for b in range(len(kept)):
         of_coef = grad[b, : kept.shape[1]]
         only(of_coef, kept[b], of_coef)

@@ -1,38 +1,27 @@
-"""Rows shared among threads: those of PyTorch's own OpenMP, because a second pool would wait on the same cores."""
+"""Rows shared among threads: those of PyTorch's own OpenMP, because a second pool would wait on the same cores.
+
+Only loops that take a tenth of a millisecond are shared: a thread that had nothing to do must first be woken.
+"""
 
 from __future__ import annotations
 
-import ctypes
 import platform
-from pathlib import Path
 from typing import Any
 
 import torch
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
+
+from .linked import linked
 
 PARALLEL, NUMBER, THREADS = "GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads"
 INT, ADDRESS = ir.IntType(32), cgutils.voidptr_t
 HAS_MXCSR = platform.machine().lower() in ("x86_64", "amd64")  # the register that says what becomes of denormals
 
 
-def _register() -> bool:
-    """Make the functions of the OpenMP that PyTorch is linked to known to the compiler; False where it has none."""
-    found = {PARALLEL: 1, NUMBER: 1, THREADS: 1}  # a name must lead somewhere, though nobody goes there
-    for library in (Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*"):
-        try:
-            opened = ctypes.CDLL(str(library))  # loaded long ago: its names, and of what it is linked to
-            found = {name: ctypes.cast(opened[name], ctypes.c_void_p).value or 1 for name in found}
-        except (OSError, AttributeError):
-            continue
-    for name, address in found.items():
-        binding.add_symbol(f"rvi_fast.{name}", address)
-    return 1 not in found.values()
-
-
-HAS_OPENMP = _register()
+HAS_OPENMP = linked(PARALLEL, NUMBER, THREADS)
 
 
 def available() -> int:

@@ -1,4 +1,4 @@
-"""Inference of a block of rows on a CPU: relays and decoder frozen, so that a step goes back no further than to z."""
+"""Inference of blocks of rows on a CPU: relays and decoder frozen, so that a step goes back no further than to z."""
 
 from __future__ import annotations
 
@@ -16,8 +16,28 @@ if TYPE_CHECKING:
     from .elbo import ElboModel
 
 
-class Block(Rows):
-    """Rows that are fitted together; each result is its own row's alone."""
+BLOCK = 64  # rows that a product takes at a time, so that a row's bits do not depend on the others
+
+
+def product(a: Tensor, b: Tensor, out: Tensor, start: Tensor | None = None) -> Tensor:
+    """rows_cpu.Product, a block at a time."""
+    from ..loops import products
+
+    if start is None:
+        out.zero_()
+    else:
+        out.copy_(start)
+    if products.HAS_BLAS:
+        transposed = b.stride(1) != 1
+        products.multiply(BLOCK, a.numpy(), (b.T if transposed else b).numpy(), transposed, out.numpy())
+    else:
+        for part, rows in zip(out.split(BLOCK), a.split(BLOCK), strict=True):
+            part.addmm_(rows, b)
+    return out
+
+
+class Blocks(Rows):
+    """Rows that are fitted together. Each result is its own row's alone, to the bit where they are whole blocks."""
 
     def __init__(
         self, start: Tensor, row_ids: Tensor, x: Tensor, mask: Tensor | None, x_scale: float,
@@ -26,11 +46,11 @@ class Block(Rows):
         from ..loops import likelihood
 
         size, columns = x.shape
-        super().__init__(size, start.shape[1], relays, model)
+        super().__init__(size, start.shape[1], relays, model, product)
         self.p.copy_(start)
         self.m.zero_(), self.v.zero_(), self.grad.zero_()
         self.row_ids, self.model, self.seed = row_ids, model, seed
-        self.decoder = Decoder(size, layers, model)
+        self.decoder = Decoder(size, layers, model, product)
         self.cells, self.observed = np.empty((size, columns), self.kl.dtype), np.empty((size, columns), np.uint8)
         x = x if x.dtype in (start.dtype, torch.uint8) else x.to(start.dtype)
         holes = None if mask is None else mask.view(torch.uint8).numpy()
@@ -81,11 +101,11 @@ def fit_rows(
     rates: Sequence[float], hyper: AdamHyper, seed: int, draws: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """As ops.fit_rows, of rows in memory that the CPU reaches."""
-    block = Block(start, row_ids, x, mask, x_scale, relays, layers, scale, model, seed)
+    blocks = Blocks(start, row_ids, x, mask, x_scale, relays, layers, scale, model, seed)
     for step, lr in enumerate(rates):
-        block.descend(step, lr, hyper)
-    grad_norm = block.grad.norm(dim=1)
-    return block.p, block.v, torch.from_numpy(block.elbo(draws)).to(start.dtype), grad_norm
+        blocks.descend(step, lr, hyper)
+    grad_norm = blocks.grad.norm(dim=1)
+    return blocks.p, blocks.v, torch.from_numpy(blocks.elbo(draws)).to(start.dtype), grad_norm
 
 
 @torch.no_grad()
@@ -95,10 +115,10 @@ def row_gradients(
     relays: Tensor, layers: list[Tensor], scale: Tensor, model: ElboModel, seed: int, draws: Sequence[int],
 ) -> Tensor:  # fmt: skip
     """As ops.fit_rows's."""
-    block = Block(p, row_ids, x, mask, x_scale, relays, layers, scale, model, seed)
+    blocks = Blocks(p, row_ids, x, mask, x_scale, relays, layers, scale, model, seed)
     total = torch.zeros_like(p)
     for draw in draws:
-        block.losses(0, draw)
-        block.gradient(block.decoder.gradient(), model.kl_weight)
-        total += block.grad
+        blocks.losses(0, draw)
+        blocks.gradient(blocks.decoder.gradient(), model.kl_weight)
+        total += blocks.grad
     return total / len(draws)

@@ -7,7 +7,7 @@ faults than the arithmetic on it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -28,16 +28,27 @@ DERIVATIVES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {  # of (gr
 }
 
 
+class Product(Protocol):
+    """out [M, n] = start + a [M, k] @ b [k, n]; start: [n] or [M, n], or None for 0."""
+
+    def __call__(self, a: Tensor, b: Tensor, out: Tensor, start: Tensor | None = None) -> Tensor: ...
+
+
+def product(a: Tensor, b: Tensor, out: Tensor, start: Tensor | None = None) -> Tensor:
+    """Of all rows at once."""
+    return torch.mm(a, b, out=out) if start is None else torch.addmm(start, a, b, out=out)
+
+
 class Rows:
     """A batch's own parameters, their moments and gradient, and its sample of z."""
 
-    def __init__(self, batch: int, width: int, relays: Tensor, model: ElboModel):
+    def __init__(self, batch: int, width: int, relays: Tensor, model: ElboModel, product: Product = product):
         num_relays, latent_dim = relays.shape
 
         def empty(*shape: int) -> Tensor:
             return torch.empty(shape, dtype=relays.dtype)
 
-        self.relays = relays
+        self.relays, self.product = relays, product
         self.groups, self.active = np.array(model.groups, np.int64), np.array(model.active, np.int64)
         self.guesses = np.zeros((batch, len(model.groups)), np.int64)
         self.p, self.m, self.v, self.grad = (empty(batch, width) for _ in range(4))
@@ -58,15 +69,14 @@ class Rows:
         from ..loops import relays as loops
         from ..loops import threads
 
-        of_groups, at_once = (self.groups, self.active, self.guesses), threads.available()
-        loops.select(at_once, bits_of(self.p), *of_groups, bits_of(self.weight), self.kept)
-        torch.addmm(self.residual, self.weight, self.relays, out=self.mean)
+        of_groups = self.groups, self.active, self.guesses
+        loops.select(threads.available(), bits_of(self.p), *of_groups, bits_of(self.weight), self.kept)
+        self.product(self.weight, self.relays, self.mean, self.residual)
         noise = self._box_muller(seed, stream, step, row_ids, draw)
         sigma = self.sigma.numpy()
         with np.errstate(over="ignore"):  # whoever reads the loss says what is infinite
             np.exp(self.log_std.numpy(), out=sigma)
-        out = self.spread.numpy(), self.z.numpy(), self.kl
-        loops.sample(at_once, self.mean.numpy(), self.p.numpy(), sigma, *noise, *out)
+        loops.sample(self.mean.numpy(), self.p.numpy(), sigma, *noise, self.spread.numpy(), self.z.numpy(), self.kl)
 
     def _box_muller(self, seed: int, stream: str, step: int, row_ids: Tensor, draw: int) -> tuple[np.ndarray, ...]:
         """radius, cosine and sine [B, P] by whose products reference.philox_normal has its normals, to the bit."""
@@ -81,36 +91,39 @@ class Rows:
     def gradient(self, by_z: Tensor, kl_weight: float) -> None:
         """grad [B, C] by p of a loss plus kl_weight * kl, of which by_z [B, T] is the gradient by z."""
         from ..loops import relays as loops
-        from ..loops import threads
 
-        of_sample, at_once = (self.mean.numpy(), self.sigma.numpy(), self.spread.numpy()), threads.available()
-        loops.sample_gradients(at_once, by_z.numpy(), *of_sample, kl_weight, self.grad.numpy())
-        torch.mm(self.by_mean, self.relays.T, out=self.by_coef)
-        loops.keep(at_once, bits_of(self.grad), self.kept)
+        mean, sigma, spread = self.mean.numpy(), self.sigma.numpy(), self.spread.numpy()
+        loops.sample_gradients(by_z.numpy(), mean, sigma, spread, kl_weight, self.grad.numpy())
+        self.product(self.by_mean, self.relays.T, self.by_coef)
+        loops.keep(bits_of(self.grad), self.kept)
 
 
 class Decoder:
     """An MLP with weights that others hold: layers, weight and bias by turns, as of ElboModel.shared_shapes."""
 
-    def __init__(self, batch: int, layers: list[Tensor], model: ElboModel):
+    def __init__(self, batch: int, layers: list[Tensor], model: ElboModel, product: Product = product):
         *self.hidden, (self.weight, self.bias) = zip(layers[::2], layers[1::2], strict=True)
         self.linear_path, self.activation = model.linear_path, reference.ACTIVATIONS[model.activation]
-        self.derivative = DERIVATIVES[model.activation]
-        self.features = layers[0].new_empty(batch, self.weight.shape[1])
-        self.xhat = layers[0].new_empty(batch, self.weight.shape[0])
+        self.derivative, self.product = DERIVATIVES[model.activation], product
+
+        def like(weight: Tensor, dim: int) -> Tensor:
+            return weight.new_empty(batch, weight.shape[dim])
+
+        self.before = [like(weight, 0) for weight, _ in self.hidden]
+        self.by_inputs = [like(weight, 1) for weight, _ in self.hidden]
+        self.features, self.by_features = like(self.weight, 1), like(self.weight, 1)
+        self.xhat = like(self.weight, 0)
 
     def decode(self, z: Tensor) -> None:
         """xhat [B, D]."""
         self.inputs: list[Tensor] = [z]
-        self.before: list[Tensor] = []
-        for weight, bias in self.hidden:
-            self.before.append(torch.addmm(bias, self.inputs[-1], weight.T))
-            self.inputs.append(self.activation(self.before[-1]))
+        for (weight, bias), before in zip(self.hidden, self.before, strict=True):
+            self.inputs.append(self.activation(self.product(self.inputs[-1], weight.T, before, bias)))
         if self.linear_path:
             torch.cat((self.inputs[-1], z), dim=1, out=self.features)
         else:
             self.features = self.inputs[-1]
-        torch.addmm(self.bias, self.features, self.weight.T, out=self.xhat)
+        self.product(self.features, self.weight.T, self.xhat, self.bias)
 
     def gradient(self, by_layers: list[Tensor] | None = None) -> Tensor:
         """The gradient by z [B, T], where xhat holds that by xhat; by_layers takes the layers', but for the last bias,
@@ -118,7 +131,7 @@ class Decoder:
         depth, latent_dim = len(self.hidden), self.inputs[0].shape[1]
         if by_layers is not None:
             torch.mm(self.xhat.T, self.features, out=by_layers[2 * depth])
-        grad, by_linear = self.xhat @ self.weight, None
+        grad, by_linear = self.product(self.xhat, self.weight, self.by_features), None
         if self.linear_path:
             grad, by_linear = grad[:, :-latent_dim], grad[:, -latent_dim:]
         for i in reversed(range(depth)):
@@ -126,7 +139,7 @@ class Decoder:
             if by_layers is not None:
                 torch.mm(grad.T, self.inputs[i], out=by_layers[2 * i])
                 torch.sum(grad, dim=0, out=by_layers[2 * i + 1])
-            grad = grad @ self.hidden[i][0]
+            grad = self.product(grad, self.hidden[i][0], self.by_inputs[i])
         return grad if by_linear is None else grad + by_linear
 
 
