@@ -185,7 +185,7 @@ def _checked(
         for entry in entries:
             try:
                 found[entry.name] = checks.difference(entry.make)
-                notes[entry.name] = curves.objection(found[entry.name])
+                notes[entry.name] = checks.objection(found[entry.name])
             except Exception as error:  # whatever a contestant does, the others are measured
                 notes[entry.name] = f"{type(error).__name__}: {str(error).strip()[:160]}".splitlines()[0]
             gc.collect()

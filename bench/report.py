@@ -13,7 +13,7 @@ from pathlib import Path
 
 from . import results
 from .contestants import APART, DECODER, EAGER, ENTRIES, JAX, OURS, SPARSE
-from .curves import TOLERANCE
+from .curves import ROUNDING, TOLERANCE
 from .settings import settings
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
@@ -60,7 +60,7 @@ def _machine(steps: Rows) -> str:
     return (
         f"Measured on {' and on '.join(machines)}. All contestants of a workload take turns in one process and see the "
         f"same data; times are medians. One that claims dense Adam is timed only if its loss follows eager dense Adam "
-        f"in float64 within {TOLERANCE:g}.\n"
+        f"in float64 within {TOLERANCE:g}, or within {ROUNDING:g} times what eager float32 does.\n"
     )
 
 

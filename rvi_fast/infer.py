@@ -141,9 +141,7 @@ def _fit(
         left = left if number == 0 else (~converged).nonzero()[:, 0]
         if len(left):
             rows = ids[left], x[left], mask[left]
-            p[left], v, elbo[left] = by_parts(
-                functools.partial(fits.fit, of_round), fits.parts_of_fit, p[left], *rows
-            )
+            p[left], v, elbo[left] = by_parts(functools.partial(fits.fit, of_round), fits.parts_of_fit, p[left], *rows)
             converged[left] = _cannot_gain(fits, of_round, p[left], v, elbo[left], *rows)
     converged |= empty
     p[empty], elbo[empty] = 0, 0  # the prior is their exact optimum: zero mean, unit standard deviation

@@ -73,7 +73,7 @@ def checks(tmp_path_factory):
 def test_who_claims_dense_adam_follows_it(checks, entry):
     if entry.absent():
         pytest.skip(entry.absent())
-    assert not curves.objection(checks.difference(entry.make))
+    assert not checks.objection(checks.difference(entry.make))
 
 
 @pytest.mark.parametrize("package", ["jax"])
@@ -170,7 +170,13 @@ def test_every_row_of_a_check_is_met_in_every_epoch():
 def test_difference_of_curves():
     assert curves.difference(np.array([1.0, 2.1]), np.array([1.0, 2.0])) == pytest.approx(0.05)
     assert curves.difference(np.array([1.0, np.nan]), np.ones(2)) == np.inf
-    assert curves.objection(np.inf) and curves.objection(2.1e-5) and not curves.objection(1.9e-5)
+
+
+def test_a_curve_is_held_to_what_float32_can_follow(checks, monkeypatch):
+    assert 0 < checks.rounding < curves.TOLERANCE
+    assert checks.objection(np.inf) and checks.objection(2.1e-5) and not checks.objection(1.9e-5)
+    monkeypatch.setitem(vars(checks), "rounding", 1e-4)
+    assert checks.objection(1.6e-4) and not checks.objection(1.4e-4)
 
 
 # load
