@@ -12,6 +12,9 @@ from torch.nn import functional as F
 import rvi_fast
 from rvi_fast import functional, ops, reference
 from rvi_fast.functional import AdamClock, AdamHyper, Columns
+from rvi_fast.ops.elbo import ElboModel, shared_views
+from rvi_fast.ops.fit_rows import PRECISIONS
+from rvi_fast.ops.fit_rows import fit_rows as fit_new_rows
 
 from . import steps
 
@@ -40,6 +43,7 @@ PAPER = Model((25, 50, 100), (13, 25, 50), 64)
 WIDE = Model((128, 256, 640), (64, 128, 320), 256)
 HIDDEN, PIXELS, MANY_COLUMNS, SCALE = 64, 784, 20_000, 0.3
 STEP_BATCHES = {256: 256, 65_536: 16_384}  # a whole step's batch, where it is another
+FIT_STEPS = {256: 250, 65_536: 250}  # of new rows; otherwise a few
 
 
 class Workload(NamedTuple):
@@ -110,6 +114,8 @@ def workloads(batches: Sequence[int], full: bool) -> Iterator[Workload]:
         yield row_adam(b)
         for precision in ("highest", "high") if b > 1000 else ("highest",):
             yield elbo_step(STEP_BATCHES.get(b, b), precision, compiler="inductor" if full else "eager")
+        for products in PRECISIONS if b > 1000 else PRECISIONS[:1]:
+            yield fit_rows(b, products, compiler="inductor" if full else "eager")
 
 
 def philox_normal(b: int) -> Workload:
@@ -390,3 +396,62 @@ def elbo_step(b: int, precision: str, compiler: str) -> Workload:
         },
         bytes=sizes.step_bytes(b, FLOAT), flops=sizes.step_flops(b), compiled=False, precision=precision,
     )  # fmt: skip
+
+
+def fit_rows(b: int, products: str, compiler: str) -> Workload:
+    """New rows of the paper's model, all of their steps and the ELBO after them."""
+    steps_of_fit = FIT_STEPS.get(b, 10)
+    model = ElboModel(PAPER.groups, PAPER.active, (HIDDEN, HIDDEN), False, "relu", "gaussian", SCALE, False, 1.0)
+    shared = sum(torch.Size(shape).numel() for shape in model.shared_shapes(PAPER.latents, PIXELS))
+
+    def draw(draw: Draw, number: int) -> dict[str, Tensor]:
+        rates = torch.linspace(0.1, 0.0, steps_of_fit, dtype=torch.float64, device=draw.device)
+        return {
+            "start": 0.1 * draw.normal(b, PAPER.width), "row_ids": torch.arange(b, device=draw.device) + b * number,
+            "x": draw.normal(b, PIXELS), "mask": draw.mask(b, PIXELS), "weights": 0.1 * draw.normal(shared),
+            "rates": rates,
+        }  # fmt: skip
+
+    def fit(start: Tensor, row_ids: Tensor, x: Tensor, mask: Tensor, weights: Tensor, rates: Tensor) -> Tensor:
+        given = start, row_ids, x, mask, weights, model, rates, AdamHyper(0.9, 0.999, 1e-8)
+        return fit_new_rows(*given, seed=0, draws=8, precision=products).elbo
+
+    return Workload(
+        "fit_rows", f"B={b} D={PIXELS} {steps_of_fit} steps {products}", draw, fit, fit,
+        peers={
+            "a loop of steps, Adam(fused)": FitLoop(model, None),
+            "a loop of steps, Adam(fused), torch.compile": FitLoop(model, compiler),
+        },
+        bytes=b * (PIXELS * (FLOAT + 1) + 3 * PAPER.width * FLOAT) + shared * FLOAT,
+        flops=4 * b * steps_of_fit * shared, compiled=False,  # each weight once forwards, once back
+        precision="highest" if products == "float32" else "high",
+    )  # fmt: skip
+
+
+class FitLoop:
+    """What published code does for new rows, all of them in one batch: autograd and torch's Adam, step by step."""
+
+    def __init__(self, model: ElboModel, compiler: str | None):
+        self.model = model
+        self.loss = self._loss if compiler is None else torch.compile(self._loss, backend=compiler, dynamic=False)
+
+    def _loss(self, p: Tensor, noise: Tensor, x: Tensor, mask: Tensor, weights: Tensor) -> Tensor:
+        model = self.model
+        relays, *layers = shared_views(weights, model.shared_shapes(noise.shape[1], x.shape[1]))
+        pairs = list(zip(layers[::2], layers[1::2], strict=True))
+        nll, kl = reference.row_losses(
+            p, noise, x, mask, relays, pairs, torch.full((), model.scale, device=p.device), model.groups, model.active,
+            model.activation, model.linear_path, model.likelihood,
+        )  # fmt: skip
+        return (nll + model.kl_weight * kl).sum()
+
+    def __call__(
+        self, start: Tensor, row_ids: Tensor, x: Tensor, mask: Tensor, weights: Tensor, rates: Tensor
+    ) -> Tensor:
+        p = start.clone().requires_grad_()
+        adam = torch.optim.Adam([p], lr=0.1, fused=True, capturable=p.is_cuda)
+        for _ in range(len(rates)):
+            adam.zero_grad()
+            self.loss(p, torch.randn(len(p), PAPER.latents, device=p.device), x, mask, weights).backward()
+            adam.step()
+        return p.detach()

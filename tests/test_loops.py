@@ -9,9 +9,10 @@ from rvi_fast.clock import EPS_MEETS_GRADIENT, AdamClock
 from rvi_fast.reference import AdamHyper
 
 pytest.importorskip("numba", reason="the loops are compiled by numba")
-from rvi_fast.loops import adam, likelihood, philox, relays
+from rvi_fast.loops import adam, likelihood, philox, products, relays
 from rvi_fast.loops import threads as of_loops
 from rvi_fast.loops.jit import compiled
+from rvi_fast.ops import fit_rows_cpu
 from rvi_fast.ops.rows_cpu import bits_of
 
 HYPER = AdamHyper(0.9, 0.999, 1e-8)
@@ -253,3 +254,33 @@ def test_gradients_of_the_sample_are_those_of_the_equations():
     kept = np.where(np.arange(18).reshape(9, 2) % 3 == 0, -1, 0)
     relays.keep(bits_of(torch.from_numpy(found)), kept)
     assert np.array_equal(found[:, :2], np.where(kept, grad[:, :2], 0)) and np.array_equal(found[:, 2:], grad[:, 2:])
+
+
+@pytest.mark.parametrize("blas", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 7, 3), (3, 1, 70), (70, 5, 1), (4, 0, 6)])
+def test_products_by_blocks(monkeypatch, blas, dtype, sizes):
+    if blas and not products.HAS_BLAS:
+        pytest.skip("PyTorch's BLAS cannot be called here")
+    monkeypatch.setattr(products, "HAS_BLAS", blas)
+    generator, (inner, columns, beside) = torch.Generator().manual_seed(0), sizes
+    rows = 2 * fit_rows_cpu.BLOCK + 5
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator, dtype=dtype)
+
+    a, weight, start = normal(rows, inner + beside)[:, beside:], normal(columns, inner), normal(rows, columns)
+    for b in (weight.T, weight.T.contiguous()):
+        for begin in (None, start, start[0]):
+            out = torch.full((rows, columns + beside), torch.nan, dtype=dtype)
+            fit_rows_cpu.product(a, b, out[:, :columns], begin)
+            expected = a @ b + (0 if begin is None else begin)
+            torch.testing.assert_close(out[:, :columns], expected, rtol=1e-5, atol=1e-5)
+            assert out[:, columns:].isnan().all()
+
+
+def test_a_block_of_a_product_has_its_bits_wherever_it_stands():
+    a, b = torch.randn(5 * fit_rows_cpu.BLOCK, 33), torch.randn(33, 19)
+    together = fit_rows_cpu.product(a, b, a.new_empty(len(a), 19))
+    for rows in torch.arange(len(a)).split(fit_rows_cpu.BLOCK):
+        assert torch.equal(fit_rows_cpu.product(a[rows], b, a.new_empty(len(rows), 19)), together[rows])
