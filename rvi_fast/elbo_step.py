@@ -240,6 +240,8 @@ def _model_reason(model: nn.Module) -> str | None:
         return "its decoder is no MLPDecoder"
     if type(model.likelihood) not in (Gaussian, Bernoulli):
         return "its likelihood is neither Gaussian nor Bernoulli"
+    if isinstance(model.likelihood, Gaussian) and model.likelihood.learned and model.likelihood.log_scale is None:
+        return "its learned scale has no columns yet (call likelihood.bind(num_columns))"
     if isinstance(model.posterior, RelayPosterior) and model.posterior.coefficients != "linear":
         return f"its coefficients are {model.posterior.coefficients!r}, not 'linear'"
     if not all(p.requires_grad for p in model.parameters()):

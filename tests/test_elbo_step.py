@@ -385,6 +385,12 @@ def softmax() -> RowModel:
     return model
 
 
+def unbound() -> RowModel:
+    model = make_model()
+    model.likelihood = Gaussian()
+    return model
+
+
 def frozen() -> RowModel:
     model = make_model()
     model.decoder.head.bias.requires_grad_(False)
@@ -397,6 +403,7 @@ def frozen() -> RowModel:
         (softmax, "its coefficients are 'softmax', not 'linear'"),
         (other_likelihood, "neither Gaussian nor Bernoulli"),
         (frozen, "some of its parameters are frozen"),
+        (unbound, "its learned scale has no columns yet"),
         (lambda: make_model(dtype=torch.float16), "torch.float16 tables"),
         (lambda: nn.Linear(2, 2), "neither a RelayPosterior nor a MeanFieldPosterior"),
     ],
