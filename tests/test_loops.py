@@ -256,13 +256,16 @@ def test_gradients_of_the_sample_are_those_of_the_equations():
     assert np.array_equal(found[:, :2], np.where(kept, grad[:, :2], 0)) and np.array_equal(found[:, 2:], grad[:, 2:])
 
 
-@pytest.mark.parametrize("blas", [True, False])
+@pytest.mark.parametrize("by", ["packed", "blas", "torch"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 7, 3), (3, 1, 70), (70, 5, 1), (4, 0, 6)])
-def test_products_by_blocks(monkeypatch, blas, dtype, sizes):
-    if blas and not products.HAS_BLAS:
+def test_products_by_blocks(monkeypatch, by, dtype, sizes):
+    has = {"packed": products.HAS_PACKING and dtype == torch.float32, "blas": products.HAS_BLAS, "torch": True}
+    if not has[by]:
         pytest.skip("PyTorch's BLAS cannot be called here")
-    monkeypatch.setattr(products, "HAS_BLAS", blas)
+    monkeypatch.setattr(products, "HAS_BLAS", by != "torch")
+    monkeypatch.setattr(products, "HAS_PACKING", by == "packed")
+    product = fit_rows_cpu.BlockProducts()
     generator, (inner, columns, beside) = torch.Generator().manual_seed(0), sizes
     rows = 2 * fit_rows_cpu.BLOCK + 5
 
@@ -273,7 +276,7 @@ def test_products_by_blocks(monkeypatch, blas, dtype, sizes):
     for b in (weight.T, weight.T.contiguous()):
         for begin in (None, start, start[0]):
             out = torch.full((rows, columns + beside), torch.nan, dtype=dtype)
-            fit_rows_cpu.product(a, b, out[:, :columns], begin)
+            product(a, b, out[:, :columns], begin)
             expected = a @ b + (0 if begin is None else begin)
             torch.testing.assert_close(out[:, :columns], expected, rtol=1e-5, atol=1e-5)
             assert out[:, columns:].isnan().all()
@@ -281,6 +284,7 @@ def test_products_by_blocks(monkeypatch, blas, dtype, sizes):
 
 def test_a_block_of_a_product_has_its_bits_wherever_it_stands():
     a, b = torch.randn(5 * fit_rows_cpu.BLOCK, 33), torch.randn(33, 19)
-    together = fit_rows_cpu.product(a, b, a.new_empty(len(a), 19))
+    together = fit_rows_cpu.BlockProducts()(a, b, a.new_empty(len(a), 19))
     for rows in torch.arange(len(a)).split(fit_rows_cpu.BLOCK):
-        assert torch.equal(fit_rows_cpu.product(a[rows], b, a.new_empty(len(rows), 19)), together[rows])
+        alone = fit_rows_cpu.BlockProducts()(a[rows], b, a.new_empty(len(rows), 19))
+        assert torch.equal(alone, together[rows])

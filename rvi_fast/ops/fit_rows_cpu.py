@@ -19,21 +19,37 @@ if TYPE_CHECKING:
 BLOCK = 64  # rows that a product takes at a time, so that a row's bits do not depend on the others
 
 
-def product(a: Tensor, b: Tensor, out: Tensor, start: Tensor | None = None) -> Tensor:
-    """rows_cpu.Product, a block at a time."""
-    from ..loops import products
+class BlockProducts:
+    """rows_cpu.Product, a block at a time, by weights that stay as they are."""
 
-    if start is None:
-        out.zero_()
-    else:
-        out.copy_(start)
-    if products.HAS_BLAS:
-        transposed = b.stride(1) != 1
-        products.multiply(BLOCK, a.numpy(), (b.T if transposed else b).numpy(), transposed, out.numpy())
-    else:
-        for part, rows in zip(out.split(BLOCK), a.split(BLOCK), strict=True):
-            part.addmm_(rows, b)
-    return out
+    def __init__(self) -> None:
+        self.packed: dict[tuple, np.ndarray] = {}
+
+    def __call__(self, a: Tensor, b: Tensor, out: Tensor, start: Tensor | None = None) -> Tensor:
+        from ..loops import products
+
+        if start is None:
+            out.zero_()
+        else:
+            out.copy_(start)
+        if products.HAS_BLAS:
+            transposed = b.stride(1) != 1
+            weight = (b.T if transposed else b).numpy()
+            products.multiply(BLOCK, a.numpy(), weight, transposed, self._packed(weight, transposed), out.numpy())
+        else:
+            for part, rows in zip(out.split(BLOCK), a.split(BLOCK), strict=True):
+                part.addmm_(rows, b)
+        return out
+
+    def _packed(self, weight: np.ndarray, transposed: bool) -> np.ndarray:
+        """In the order that BLAS reads it in, which it would otherwise make for every block."""
+        from ..loops import products
+
+        key = weight.ctypes.data, weight.shape, transposed
+        if key not in self.packed:
+            packs = products.HAS_PACKING and weight.size and weight.dtype == np.float32
+            self.packed[key] = products.pack(BLOCK, weight, transposed) if packs else np.empty(0, weight.dtype)
+        return self.packed[key]
 
 
 class Blocks(Rows):
@@ -46,6 +62,7 @@ class Blocks(Rows):
         from ..loops import likelihood
 
         size, columns = x.shape
+        product = BlockProducts()
         super().__init__(size, start.shape[1], relays, model, product)
         self.p.copy_(start)
         self.m.zero_(), self.v.zero_(), self.grad.zero_()
