@@ -53,6 +53,8 @@ TABLE = Settings(
     batch_size=64,
     epochs=200,
 )
+# fewer columns than TABLE has latents: a decoder of so many overfits; few rows need more passes to converge
+NARROW_TABLE = dataclasses.replace(TABLE, latent_dim=4, epochs=500)
 IMAGE = Settings(
     latent_dim=64,
     hidden=(256,),
@@ -90,7 +92,7 @@ PAPER_SCALE = 0.02**0.5
 
 
 def settings_for(dtype: np.dtype, statistics: ColumnStatistics, num_rows: int) -> Settings:
-    """IMAGE for uint8, or for many columns that all lie in [0, 1]; else TABLE with a batch of about N/8 rows.
+    """IMAGE for uint8, or for many columns that all lie in [0, 1]; else a table's, with a batch of about N/8 rows.
 
     What a learning rate does to a row depends on N/B (docs/math.md), so the batch grows with a small table.
     """
@@ -99,7 +101,8 @@ def settings_for(dtype: np.dtype, statistics: ColumnStatistics, num_rows: int) -
     if dtype == np.uint8 or (in_unit_interval and len(seen) >= IMAGE_COLUMNS):
         return IMAGE
     batch_size = 2 ** round(math.log2(max(1.0, num_rows / 8)))
-    return dataclasses.replace(TABLE, batch_size=min(max(batch_size, 32), 256))
+    table = NARROW_TABLE if len(seen) < TABLE.latent_dim else TABLE
+    return dataclasses.replace(table, batch_size=min(max(batch_size, 32), 256))
 
 
 def likelihood_for(settings: Settings) -> Likelihood:

@@ -28,6 +28,7 @@ except ImportError as error:
 
 __all__ = ["RVIEmbedding", "RVIImputer"]
 
+MEMBERS, SMALL_TABLE = 3, 1 << 17  # as many RVIs fill a table of up to so many cells
 COLUMNS_A_DRAW = 1 << 14  # as many normals as one row has at one step of the keyed noise
 
 
@@ -62,7 +63,12 @@ class _RVITransformer(TransformerMixin, BaseEstimator):
         self._kept = ~np.isnan(X).all(axis=0)
         if not self._kept.any():
             raise ValueError("X has no observed cell: every cell is missing")
-        self.rvi_ = RVI(
+        self.rvi_ = self._fitted(X[:, self._kept], self._seed())
+        self.n_iter_ = len(self.rvi_.history_["loss"])
+
+    def _fitted(self, table: np.ndarray, seed: int) -> RVI:
+        """The RVI of the arguments, trained on the kept columns."""
+        return RVI(
             latent_dim=self.n_components,
             hidden=self.hidden,
             groups=self.groups,
@@ -73,11 +79,10 @@ class _RVITransformer(TransformerMixin, BaseEstimator):
             weight_decay=self.weight_decay,
             batch_size=self.batch_size,
             epochs=self.epochs,
-            seed=self._seed(),
+            seed=seed,
             device=self.device,
             progress=bool(self.verbose),
-        ).fit(X[:, self._kept], max_steps=self.max_steps)
-        self.n_iter_ = len(self.rvi_.history_["loss"])
+        ).fit(table, max_steps=self.max_steps)
 
     def _seed(self) -> int:
         if arguments.is_int(self.random_state):
@@ -108,27 +113,32 @@ class RVIImputer(OneToOneFeatureMixin, _RVITransformer):
     transform fits each row that has holes to decoder and relays, which stay as trained: a row's result depends neither
     on the other rows of the call nor on their order.
 
-    missing_values: what marks a hole: NaN, or a number (then NaN is an error). n_components: latent dimension. hidden,
+    missing_values: what marks a hole: NaN, or a number (then NaN is an error). members: how many RVIs, alike but for
+    their seed, are fitted; holes get the mean of their fillings. "auto": 3 for tables of up to 131,072 cells, where
+    what one decoder learns is much chance, else 1; the time is as many times one RVI's. n_components: latent dimension. hidden,
     groups, active, kl_weight, lr, row_lr, weight_decay, batch_size, epochs, device: as in rvi_fast.RVI. max_steps: an
     upper bound of the training steps. infer_steps: Adam steps a row in transform. transductive: fit_transform takes the
     rows' own posteriors from training (faster) instead of fitting them anew as fit(X).transform(X) does.
-    sample_posterior: fill with one draw of p(missing | observed) instead of its mean; impute_samples gives several.
+    sample_posterior: fill with one draw of p(missing | observed) under rvi_ instead of the mean; impute_samples gives
+    several, from all members.
     clip: hold filled cells between the least and the largest observed cell of the column in fit. round_integers: round
     filled cells of columns whose observed cells in fit are all integers. add_indicator: append a MissingIndicator's
     columns. keep_empty_features: columns with nothing observed in fit are filled with 0 instead of dropped.
     random_state: int, RandomState or None; an int is the seed of the RVI. verbose: 1 shows a progress bar.
 
-    After fit: rvi_ (the RVI; rvi_.impute() fills the fitted rows by their own posteriors; it holds X), n_iter_ (passes
-    over the rows), n_features_in_, feature_names_in_ (where X has names), indicator_ (None without add_indicator).
+    After fit: rvi_ (the RVI of random_state, the first of members_; rvi_.impute() fills the fitted rows by their own
+    posteriors; it holds X), members_ (all RVIs), n_iter_ (passes over the rows), n_features_in_, feature_names_in_ (where X has names), indicator_ (None without add_indicator).
     """
 
     missing_values: float
+    members: int | str
     sample_posterior: bool
     clip: bool
     round_integers: bool
     add_indicator: bool
     keep_empty_features: bool
 
+    members_: list[RVI]
     indicator_: MissingIndicator | None
 
     def __init__(
@@ -136,6 +146,7 @@ class RVIImputer(OneToOneFeatureMixin, _RVITransformer):
         n_components: int | str = "auto",
         *,
         missing_values: float = np.nan,
+        members: int | str = "auto",
         hidden: Sequence[int] | str = "auto",
         groups: Sequence[int] = (25, 50, 100),
         active: int | float | Sequence[int | float] = 0.5,
@@ -159,6 +170,7 @@ class RVIImputer(OneToOneFeatureMixin, _RVITransformer):
     ):
         self.n_components = n_components
         self.missing_values = missing_values
+        self.members = members
         self.hidden = hidden
         self.groups = groups
         self.active = active
@@ -204,10 +216,10 @@ class RVIImputer(OneToOneFeatureMixin, _RVITransformer):
         return self._transform(X, self._values(X, reset=False), trained=False)
 
     def impute_samples(self, X: Any, n_samples: int = 20) -> np.ndarray:
-        """Several fillings [n_samples, M, columns] of X, each a draw of p(missing | observed) under the model.
+        """Several fillings [n_samples, M, columns] of X, each a draw of p(missing | observed), in turn under each member.
 
-        Their spread is the uncertainty of z given the row's observed cells and the likelihood's noise; observed cells
-        do not vary. Draws are keyed by random_state and the row's content: equal rows get equal draws. Without the
+        Their spread is the uncertainty of z given the row's observed cells, the likelihood's noise and the difference
+        between members; observed cells do not vary. Draws are keyed by random_state and the row's content: equal rows get equal draws. Without the
         indicator's columns. Raises ValueError if n_samples is not a positive int.
         """
         check_is_fitted(self)
@@ -231,6 +243,7 @@ class RVIImputer(OneToOneFeatureMixin, _RVITransformer):
             raise ValueError(f"missing_values must be NaN or a finite number; got {self.missing_values!r}")
         values = self._values(X, reset=True)
         self._fit_rvi(values)
+        self.members_ = [self.rvi_, *self._other_members(values[:, self._kept])]
         empty = np.flatnonzero(~self._kept)
         if len(empty) and not self.keep_empty_features:
             warnings.warn(
@@ -246,6 +259,13 @@ class RVIImputer(OneToOneFeatureMixin, _RVITransformer):
         if self.add_indicator:
             self.indicator_ = MissingIndicator(error_on_new=False).set_output(transform="default").fit(values)
         return values
+
+    def _other_members(self, table: np.ndarray) -> list[RVI]:
+        members = self.members
+        if isinstance(members, str):
+            members = MEMBERS if table.size <= SMALL_TABLE else 1
+        seeds = np.random.SeedSequence(self.rvi_.seed).generate_state(members - 1, np.uint32)
+        return [self._fitted(table, int(seed)) for seed in seeds]
 
     def _values(self, X: Any, reset: bool) -> np.ndarray:
         if self._missing_is_nan():
@@ -272,24 +292,29 @@ class RVIImputer(OneToOneFeatureMixin, _RVITransformer):
         if len(table[rows]) == 0:
             return fillings
         holed = table[rows]
-        posterior = self.rvi_.posterior_ if trained else self.rvi_.infer(holed, steps=self.infer_steps)
+        mean = 0.0
+        for first, rvi in enumerate(self.members_[:n_samples]):
+            posterior = rvi.posterior_ if trained else rvi.infer(holed, steps=self.infer_steps)
+            if n_samples is None:
+                mean = mean + rvi.impute(holed, posterior=posterior) / len(self.members_)
+                continue
+            own = fillings[first :: len(self.members_)]
+            draws = rvi.impute(holed, posterior=posterior, n_samples=len(own))
+            for number, (filling, draw) in enumerate(zip(own, draws, strict=True)):
+                filling[rows] = draw + self._noise(rvi, posterior.row_ids, number)
         if n_samples is None:
-            fillings[0][rows] = self.rvi_.impute(holed, posterior=posterior)
-            return fillings
-        draws = self.rvi_.impute(holed, posterior=posterior, n_samples=n_samples)
-        for number, (filling, draw) in enumerate(zip(fillings, draws, strict=True)):
-            filling[rows] = draw + self._noise(posterior.row_ids, number)
+            fillings[0][rows] = mean
         return fillings
 
-    def _noise(self, row_ids: torch.Tensor, draw: int) -> np.ndarray:
-        """The likelihood's noise, float64 [M, kept columns]; none in columns that never varied."""
+    def _noise(self, rvi: RVI, row_ids: torch.Tensor, draw: int) -> np.ndarray:
+        """The noise of rvi's likelihood, float64 [M, kept columns]; none in columns that never varied."""
         width = len(self._low)
         parts = [
-            philox_normal(self.rvi_.seed, "impute", 1 + number, row_ids, min(COLUMNS_A_DRAW, width - start), draw=draw)
+            philox_normal(rvi.seed, "impute", 1 + number, row_ids, min(COLUMNS_A_DRAW, width - start), draw=draw)
             for number, start in enumerate(range(0, width, COLUMNS_A_DRAW))  # step 0 drew z
         ]
         noise = torch.cat([part.cpu() for part in parts], dim=1).double().numpy()
-        return noise * np.where(self._low < self._high, self.rvi_.scale_, 0.0)
+        return noise * np.where(self._low < self._high, rvi.scale_, 0.0)
 
     def _finish(self, values: np.ndarray, filling: np.ndarray) -> np.ndarray:
         """The returned columns: observed cells as in values, filled ones clipped and rounded on request."""
