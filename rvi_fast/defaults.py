@@ -11,6 +11,7 @@ import numpy as np
 from .likelihoods import Gaussian, Likelihood
 from .observations import ColumnStatistics
 
+FEW_COLUMNS, FEW_COLUMNS_EPOCHS = 8, 500  # a table with fewer columns takes so many epochs
 IMAGE_COLUMNS = 256  # columns from which data in [0, 1] count as images
 
 
@@ -53,8 +54,6 @@ TABLE = Settings(
     batch_size=64,
     epochs=200,
 )
-# fewer columns than TABLE has latents: a decoder of so many overfits; few rows need more passes to converge
-NARROW_TABLE = dataclasses.replace(TABLE, latent_dim=4, epochs=500)
 IMAGE = Settings(
     latent_dim=64,
     hidden=(256,),
@@ -92,17 +91,22 @@ PAPER_SCALE = 0.02**0.5
 
 
 def settings_for(dtype: np.dtype, statistics: ColumnStatistics, num_rows: int) -> Settings:
-    """IMAGE for uint8, or for many columns that all lie in [0, 1]; else a table's, with a batch of about N/8 rows.
+    """IMAGE for uint8, or for many columns that all lie in [0, 1]; else TABLE with a batch of about N/8 rows.
 
-    What a learning rate does to a row depends on N/B (docs/math.md), so the batch grows with a small table.
+    What a learning rate does to a row depends on N/B (docs/math.md), so the batch grows with a small table. A table has
+    no more latents than columns; on hidden training cells few columns gained from more passes, ten or more did not.
     """
     seen = statistics.count > 0
     in_unit_interval = bool((statistics.low[seen] >= 0).all() and (statistics.high[seen] <= 1).all())
     if dtype == np.uint8 or (in_unit_interval and len(seen) >= IMAGE_COLUMNS):
         return IMAGE
     batch_size = 2 ** round(math.log2(max(1.0, num_rows / 8)))
-    table = NARROW_TABLE if len(seen) < TABLE.latent_dim else TABLE
-    return dataclasses.replace(table, batch_size=min(max(batch_size, 32), 256))
+    return dataclasses.replace(
+        TABLE,
+        latent_dim=min(TABLE.latent_dim, len(seen)),
+        batch_size=min(max(batch_size, 32), 256),
+        epochs=TABLE.epochs if len(seen) >= FEW_COLUMNS else FEW_COLUMNS_EPOCHS,
+    )
 
 
 def likelihood_for(settings: Settings) -> Likelihood:

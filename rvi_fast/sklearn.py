@@ -115,19 +115,20 @@ class RVIImputer(OneToOneFeatureMixin, _RVITransformer):
 
     missing_values: what marks a hole: NaN, or a number (then NaN is an error). members: how many RVIs, alike but for
     their seed, are fitted; holes get the mean of their fillings. "auto": 3 for tables of up to 131,072 cells, where
-    what one decoder learns is much chance, else 1; the time is as many times one RVI's. n_components: latent dimension. hidden,
-    groups, active, kl_weight, lr, row_lr, weight_decay, batch_size, epochs, device: as in rvi_fast.RVI. max_steps: an
-    upper bound of the training steps. infer_steps: Adam steps a row in transform. transductive: fit_transform takes the
-    rows' own posteriors from training (faster) instead of fitting them anew as fit(X).transform(X) does.
-    sample_posterior: fill with one draw of p(missing | observed) under rvi_ instead of the mean; impute_samples gives
-    several, from all members.
-    clip: hold filled cells between the least and the largest observed cell of the column in fit. round_integers: round
-    filled cells of columns whose observed cells in fit are all integers. add_indicator: append a MissingIndicator's
-    columns. keep_empty_features: columns with nothing observed in fit are filled with 0 instead of dropped.
-    random_state: int, RandomState or None; an int is the seed of the RVI. verbose: 1 shows a progress bar.
+    what one decoder learns is much chance, else 1; the time is as many times one RVI's. n_components: latent dimension.
+    hidden, groups, active, kl_weight, lr, row_lr, weight_decay, batch_size, epochs, device: as in rvi_fast.RVI.
+    max_steps: an upper bound of the training steps. infer_steps: Adam steps a row in transform. transductive:
+    fit_transform takes the rows' own posteriors from training (faster) instead of fitting them anew as
+    fit(X).transform(X) does. sample_posterior: fill with one draw of p(missing | observed) under rvi_ instead of the
+    mean; impute_samples gives several, from all members. clip: hold filled cells between the least and the largest
+    observed cell of the column in fit. round_integers: round filled cells of columns whose observed cells in fit are
+    all integers. add_indicator: append a MissingIndicator's columns. keep_empty_features: columns with nothing observed
+    in fit are filled with 0 instead of dropped. random_state: int, RandomState or None; an int is the seed of the RVI.
+    verbose: 1 shows a progress bar.
 
     After fit: rvi_ (the RVI of random_state, the first of members_; rvi_.impute() fills the fitted rows by their own
-    posteriors; it holds X), members_ (all RVIs), n_iter_ (passes over the rows), n_features_in_, feature_names_in_ (where X has names), indicator_ (None without add_indicator).
+    posteriors; it holds X), members_ (all RVIs), n_iter_ (passes over the rows), n_features_in_, feature_names_in_
+    (where X has names), indicator_ (None without add_indicator).
     """
 
     missing_values: float
@@ -216,11 +217,11 @@ class RVIImputer(OneToOneFeatureMixin, _RVITransformer):
         return self._transform(X, self._values(X, reset=False), trained=False)
 
     def impute_samples(self, X: Any, n_samples: int = 20) -> np.ndarray:
-        """Several fillings [n_samples, M, columns] of X, each a draw of p(missing | observed), in turn under each member.
+        """Several fillings [n_samples, M, columns] of X: draws of p(missing | observed), in turn under each member.
 
         Their spread is the uncertainty of z given the row's observed cells, the likelihood's noise and the difference
-        between members; observed cells do not vary. Draws are keyed by random_state and the row's content: equal rows get equal draws. Without the
-        indicator's columns. Raises ValueError if n_samples is not a positive int.
+        between members; observed cells do not vary. Draws are keyed by random_state and the row's content: equal rows
+        get equal draws. Without the indicator's columns. Raises ValueError if n_samples is not a positive int.
         """
         check_is_fitted(self)
         arguments.positive_int("n_samples", n_samples)
@@ -239,6 +240,7 @@ class RVIImputer(OneToOneFeatureMixin, _RVITransformer):
     def _fit(self, X: Any) -> np.ndarray:
         for name in ("sample_posterior", "clip", "round_integers", "add_indicator", "keep_empty_features"):
             arguments.one_of(name, getattr(self, name), (True, False))
+        arguments.positive_int("members", self.members, "auto")
         if not arguments.is_number(self.missing_values) and not self._missing_is_nan():
             raise ValueError(f"missing_values must be NaN or a finite number; got {self.missing_values!r}")
         values = self._values(X, reset=True)

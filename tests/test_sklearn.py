@@ -71,12 +71,39 @@ def test_the_library_does_not_import_sklearn():
 def test_both_are_the_rvi_of_that_seed():
     X = table()
     rvi = RVI(**SAME_RVI).fit(X)
-    assert np.array_equal(RVIImputer(**SMALL).fit_transform(X), rvi.impute(X, steps=12))
-    assert np.array_equal(RVIImputer(**SMALL, transductive=True).fit_transform(X), rvi.impute())
+    assert np.array_equal(RVIImputer(**SMALL, members=1).fit_transform(X), rvi.impute(X, steps=12))
+    assert np.array_equal(RVIImputer(**SMALL, members=1, transductive=True).fit_transform(X), rvi.impute())
     assert np.array_equal(RVIEmbedding(**SMALL).fit_transform(X), rvi.embed(X, steps=12))
     assert np.array_equal(RVIEmbedding(**SMALL, transductive=True).fit_transform(X), rvi.embed())
     assert RVIImputer(**SMALL).fit(X).score(X) == RVIEmbedding(**SMALL).fit(X).score(X)
     assert RVIImputer(**SMALL).fit(X).score(X) == pytest.approx(rvi.score(X, steps=12).mean())
+
+
+def test_members_are_averaged_and_drawn_from_in_turn():
+    X = table()
+    imputer = RVIImputer(**SMALL, members=2).fit(X)
+    first, second = imputer.members_
+    assert first is imputer.rvi_ and first.seed == 0 and second.seed not in (0, 1)
+    fillings = [rvi.impute(X, steps=12) for rvi in imputer.members_]
+    assert not np.allclose(*fillings) and np.allclose(imputer.transform(X), np.mean(fillings, axis=0), rtol=1e-12)
+    own = [rvi.impute() for rvi in imputer.members_]
+    transductive = RVIImputer(**SMALL, members=2, transductive=True).fit_transform(X)
+    assert np.allclose(transductive, np.mean(own, axis=0), rtol=1e-12)
+
+    draws, alone = imputer.impute_samples(X, 3), RVIImputer(**SMALL, members=1).fit(X).impute_samples(X, 2)
+    assert np.array_equal(draws[[0, 2]], alone)
+    holes = np.isnan(X)
+    assert (draws[1] != alone[1])[holes].all()
+
+
+def test_small_tables_alone_get_several_members(monkeypatch):
+    import rvi_fast.sklearn
+
+    X = table()
+    assert len(RVIImputer(**SMALL).fit(X).members_) == rvi_fast.sklearn.MEMBERS > 1
+    monkeypatch.setattr(rvi_fast.sklearn, "SMALL_TABLE", X.size - 1)
+    (only,) = RVIImputer(**SMALL).fit(X).members_
+    assert only.seed == 0
 
 
 @pytest.mark.parametrize("cls", BOTH)
@@ -382,6 +409,7 @@ def test_noise_differs_between_columns_beyond_one_step_of_the_keyed_noise(monkey
         ({"random_state": -1}, ValueError, "random_state must be an int in 0"),
         ({"random_state": "a"}, ValueError, "cannot be used to seed"),
         ({"clip": 1}, ValueError, "clip must be one of True, False; got 1"),
+        ({"members": 0}, ValueError, "members must be a positive int or 'auto'"),
         ({"missing_values": "?"}, ValueError, "missing_values must be NaN or a finite number; got '?'"),
         ({"missing_values": np.inf}, ValueError, "missing_values must be NaN or a finite number; got inf"),
     ],
@@ -390,7 +418,7 @@ def test_bad_arguments_are_refused_at_fit(kw, error, match):
     imputer = RVIImputer(**SMALL | kw)
     with pytest.raises(error, match=match):
         imputer.fit(table())
-    if "clip" not in kw and "missing_values" not in kw:
+    if not kw.keys() & {"clip", "members", "missing_values"}:
         with pytest.raises(error, match=match):
             RVIEmbedding(**SMALL | kw).fit(table())
 
