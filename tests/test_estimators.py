@@ -452,6 +452,12 @@ def test_auto_is_resolved_and_the_arguments_stay():
     assert RVI(epochs=1, hidden=(), lr=0.5, progress=False).fit(table()).lr_ == 0.5
 
 
+def test_a_narrow_table_has_no_more_latents_than_columns_and_few_columns_take_more_passes():
+    fits = {d: RVI(progress=False).fit(table(d=d), max_steps=1) for d in (4, 10, 20)}
+    assert [fits[d].latent_dim_ for d in (4, 10, 20)] == [4, 10, 16]
+    assert fits[4].epochs_ > fits[10].epochs_ == fits[20].epochs_
+
+
 def test_paper_settings_and_overrides():
     model = RVI.paper(epochs=2, groups=(4, 6), progress=False)
     assert model.hidden == (64, 64) and model.lr == 1e-3 and model.epochs == 2 and model.schedule == "constant"
