@@ -7,7 +7,7 @@ import difflib
 import inspect
 import os
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -34,13 +34,18 @@ from .model import Encoder, EncoderModel, LatentModel, RowModel
 from .nn import ACTIVATIONS, MeanFieldPosterior, MLPDecoder, RelayPosterior
 from .observations import ColumnStatistics, ColumnUnits, HiddenCells, Observations
 from .optim import MODES, RowAdam
+from .predictive import Predictive, importance_bound, running_moments, weighted_draws
 from .row_store import RowParameter
 from .train import SCHEDULES, Plan, Trainer
 
 ROWS_AT_ONCE = 1024  # rows decoded together when reading results,
 CELLS_AT_ONCE = 1 << 22  # unless they hold more cells than this
+MAX_DRAWS = 1 << 16  # the noise's counter has 16 bits for a draw
 MAX_LOG_STD = 20  # of a posterior's initial log standard deviation
+INFER_ARGUMENTS = ("steps", "lr", "protocol", "row_ids", "start", "stop_early")
 PATIENCE = 0.2  # early stopping waits for this share of the epochs
+
+CellsOf = Callable[[slice], np.ndarray]  # of rows: their cells [B, D] in the model's units, float64
 
 
 class Estimator:
@@ -363,9 +368,7 @@ class Estimator:
         after 40 % of the steps take no more.
         """
         data = self._new_rows(X, mask)
-        self._check_inference(steps, lr, protocol)
-        arguments.one_of("start", start, STARTS)
-        arguments.one_of("stop_early", stop_early, (True, False))
+        self._check_inference(steps, lr, protocol, start, stop_early)
         ids = data.row_ids() if row_ids is None else _as_row_ids(row_ids, len(data))
         if protocol == "row":
             plan = InferencePlan(
@@ -380,10 +383,12 @@ class Estimator:
     def _row_lr(self) -> float:
         return self.lr_
 
-    def _check_inference(self, steps: int, lr: float | None, protocol: str) -> None:
+    def _check_inference(self, steps: int, lr: float | None, protocol: str, start: str, stop_early: bool) -> None:
         arguments.positive_int("steps", steps)
         arguments.number("lr", lr, None, above_zero=True)
         arguments.one_of("protocol", protocol, PROTOCOLS)
+        arguments.one_of("start", start, STARTS)
+        arguments.one_of("stop_early", stop_early, (True, False))
 
     def _new_rows(self, X: Any, mask: Any) -> Observations:
         self._check_fitted()
@@ -445,8 +450,8 @@ class Estimator:
             raise TypeError(f"{next(iter(infer))} {why}; drop one of them")
         if posterior is not None:
             return posterior
-        if unknown := set(infer) - {"steps", "lr", "protocol", "row_ids"}:
-            raise TypeError(f"infer has no argument {min(unknown)!r}; it takes steps, lr, protocol and row_ids")
+        if unknown := set(infer) - set(INFER_ARGUMENTS):
+            raise TypeError(f"infer has no argument {min(unknown)!r}; it takes {', '.join(INFER_ARGUMENTS)}")
         return self.posterior_ if X is None else self.infer(X, mask, **infer)
 
     def _check_posterior(self, X: Any, posterior: Any) -> None:
@@ -458,16 +463,38 @@ class Estimator:
         if posterior.mean.shape[1] != self.latent_dim_:
             raise ValueError(f"posterior has {posterior.mean.shape[1]} latents, but the model has {self.latent_dim_}")
 
-    def _decode(self, z: Tensor) -> np.ndarray:
-        """E[x | z] in the model's units, float64 [B, D]; in blocks, so that a row's bits are its own."""
+    def _decode(self, z: Tensor, noise: tuple[Tensor, int] | None = None) -> np.ndarray:
+        """E[x | z] in the model's units, float64 [B, D]; in blocks, so that a row's bits are its own.
+
+        noise: row ids and number of a draw of x itself, instead of its mean.
+        """
         model = self.model_
 
         @torch.no_grad()
         def decode(block: slice) -> Tensor:
             part = z[block]
-            return model.likelihood.mean(model.decoder(padded_block(part).to(self.device_)))[: len(part)].cpu()
+            xhat = model.decoder(padded_block(part).to(self.device_))[: len(part)]
+            if noise is None:
+                return model.likelihood.mean(xhat).cpu()
+            return model.likelihood.draw(xhat, self._cell_noise(noise[0][block], noise[1]).to(xhat)).cpu()
 
         return torch.cat(list(map_blocks(decode, len(z)))).double().numpy()
+
+    def _in_blocks(
+        self, data: Observations, post: Posterior, of_block: Callable[..., tuple[Tensor, ...]], rows: slice
+    ) -> list[Tensor]:
+        """of_block(x, mask, mean, std, row ids) of the rows, in full blocks of their own, put together on the CPU."""
+
+        @torch.no_grad()
+        def found(block: slice) -> list[Tensor]:
+            part = slice(rows.start + block.start, min(rows.start + block.stop, rows.stop))
+            cells = self.units_.to_model(*data.read(part))
+            given = (padded_block(t).to(self.device_) for t in (*cells, post.mean[part], post.std[part]))
+            ids = padded_block(post.row_ids[part]).to(self.device_)
+            return [t[: part.stop - part.start].cpu() for t in of_block(*given, ids)]
+
+        blocks = map_blocks(found, rows.stop - rows.start)
+        return [torch.cat(parts) for parts in zip(*blocks, strict=True)]
 
     def impute(
         self,
@@ -475,34 +502,54 @@ class Estimator:
         mask: Any = None,
         *,
         n_samples: int | None = None,
+        noise: bool = False,
+        importance_samples: int | None = None,
         posterior: Posterior | None = None,
         out: Any = None,
         **infer: Any,
     ) -> Any:
         """Fill the holes; observed cells come back bit for bit.
 
-        X, mask: new rows, or None for the training rows. n_samples: None fills with the decoder's output at the
-        posterior mean; an int L returns L fillings [L, N, D] with z drawn from the posterior (their mean is
-        E[x_missing | x_observed] under q, their spread the uncertainty of z). posterior: of these rows, from infer.
-        out: where to write the result block by block, [N, D], instead of a new array: an array, memmap, h5py or zarr
-        dataset. Other keywords go to infer. Returns out, or the kind of container that X is; a list of DataFrames where
-        n_samples is given and X is one.
+        X, mask: new rows, or None for the training rows. By default a hole gets the decoder's output at the posterior
+        mean. n_samples: an int L returns L fillings [L, N, D] with z drawn from the posterior (their mean is
+        E[x_missing | x_observed] under q, their spread the uncertainty of z); noise: with the likelihood's own noise
+        added, so that they are draws of the cells themselves. importance_samples: an int L fills with the conditional
+        mean E[x_missing | x_observed], from L draws weighted by p(x_observed, z) / q(z) (eq. 23). posterior: of these
+        rows, from infer. out: where to write the result block by block, [N, D], instead of a new array: an array,
+        memmap, h5py or zarr dataset. Other keywords go to infer. Returns out, or the kind of container that X is; a
+        list of DataFrames where n_samples is given and X is one.
         """
-        arguments.positive_int("n_samples", n_samples, None)
         self._check_fitted()
+        _check_draws("n_samples", n_samples)
+        _check_draws("importance_samples", importance_samples)
+        arguments.one_of("noise", noise, (True, False))
+        if n_samples is not None and importance_samples is not None:
+            raise TypeError("n_samples draws fillings and importance_samples takes their mean; drop one of them")
+        if noise and n_samples is None:
+            raise TypeError("noise=True needs n_samples, the number of draws")
         data = self._training_data() if X is None else self._new_rows(X, mask)
         if out is not None:
             _check_out(out, data, n_samples)
         post = self._posterior_of(X, mask, posterior, **infer)
-        if out is not None:
-            return self._fill(data, post.mean, out)
         if n_samples is None:
-            return data.like_container(self._fill(data, post.mean, _empty_like(data)))
-        draws = (post.mean + post.std * self._noise(post.row_ids, draw) for draw in range(n_samples))
-        fillings = [self._fill(data, z, _empty_like(data)) for z in draws]
+            cells = self._filling(data, post, importance_samples)
+            filled = self._fill(data, cells, _empty_like(data) if out is None else out)
+            return data.like_container(filled) if out is None else filled
+        draws = (self._drawn(post, draw, noise) for draw in range(n_samples))
+        fillings = [self._fill(data, cells, _empty_like(data)) for cells in draws]
         if isinstance(data.container, (np.ndarray, Tensor)):
             return data.like_container(np.stack(fillings))
         return [data.like_container(filled) for filled in fillings]
+
+    def _filling(self, data: Observations, post: Posterior, importance_samples: int | None) -> CellsOf:
+        """f(mean), or E[x | x_observed] of weighted draws."""
+        if importance_samples is None:
+            return lambda rows: self._decode(post.mean[rows])
+        return lambda rows: self._moments(data, post, importance_samples, True, rows)[0].numpy()
+
+    def _drawn(self, post: Posterior, draw: int, noise: bool) -> CellsOf:
+        z = post.mean + post.std * self._noise(post.row_ids, draw)
+        return lambda rows: self._decode(z[rows], (post.row_ids[rows], draw) if noise else None)
 
     def _training_data(self) -> Observations:
         if self._data is None:
@@ -514,19 +561,82 @@ class Estimator:
     def _noise(self, ids: Tensor, draw: int) -> Tensor:
         return ops.philox_normal(self.seed, "impute", 0, ids, self.latent_dim_, draw=draw)
 
-    def _fill(self, data: Observations, z: Tensor, out: Any) -> Any:
-        """Write the rows of data to out, with E[x | z] in their holes; returns out."""
-        dtype = data.output_dtype()
+    def _cell_noise(self, ids: Tensor, draw: int) -> Tensor:
+        """Normals for the likelihood's noise of every cell [B, D]; step 0 drew z."""
+        starts = range(0, self.n_features_in_, ops.MAX_LATENTS)
+        widths = [min(ops.MAX_LATENTS, self.n_features_in_ - start) for start in starts]
+        parts = [
+            ops.philox_normal(self.seed, "impute", 1 + number, ids, width, draw=draw)
+            for number, width in enumerate(widths)
+        ]
+        return torch.cat(parts, dim=1)
+
+    def _row_blocks(self, data: Observations) -> Iterator[slice]:
+        """Rows that are decoded together when results are written."""
         size = min(ROWS_AT_ONCE, max(BLOCK, CELLS_AT_ONCE // data.num_columns // BLOCK * BLOCK))
-        for start in range(0, len(data), size):
-            block = slice(start, min(start + size, len(data)))
+        return (slice(start, min(start + size, len(data))) for start in range(0, len(data), size))
+
+    def _fill(self, data: Observations, cells: CellsOf, out: Any) -> Any:
+        """Write the rows of data to out, with cells(rows) [B, D], in the model's units, in their holes; returns out."""
+        dtype = data.output_dtype()
+        for block in self._row_blocks(data):
             values, observed = data.read(block)
-            filled = self.units_.to_user(self._decode(z[block]))
+            filled = self.units_.to_user(cells(block))
             filled = filled.clip(np.finfo(dtype).min, np.finfo(dtype).max).astype(dtype)  # no infinity in float16
             np.copyto(filled, values.astype(dtype, copy=False), where=observed)
             out[block] = filled
             release(out)
         return out
+
+    def _moments(
+        self, data: Observations, post: Posterior, draws: int, weighted: bool, rows: slice
+    ) -> tuple[Tensor, ...]:
+        """reference.PredictiveMoments of the rows, float64, in the model's units."""
+
+        def of_block(x: Tensor, mask: Tensor, mean: Tensor, std: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
+            noises = (self._noise(ids, draw) for draw in range(draws))
+            return running_moments(self.model_, weighted_draws(self.model_, x, mask, mean, std, noises), weighted)
+
+        return tuple(self._in_blocks(data, post, of_block, rows))
+
+    def predictive(
+        self,
+        X: Any = None,
+        mask: Any = None,
+        *,
+        n_samples: int | None = None,
+        importance_samples: int | None = None,
+        posterior: Posterior | None = None,
+        **infer: Any,
+    ) -> Predictive:
+        """Means and standard errors of every cell given the row's observed ones, in the user's units: a Predictive.
+
+        X, mask: new rows, or None for the training rows. n_samples: from so many draws of z ~ q, the row's posterior;
+        or importance_samples: from so many, weighted by p(x_observed, z) / q(z), which corrects what q gets wrong as
+        far as its draws reach (eqs. 21 to 24; look at ess). Exactly one of them. posterior: of these rows, from infer.
+        Other keywords go to infer. Memory is that of the result, whatever the number of draws.
+        """
+        self._check_fitted()
+        if (n_samples is None) == (importance_samples is None):
+            raise TypeError(
+                "predictive needs n_samples (draws of q) or importance_samples (weighted draws), one of them"
+            )
+        _check_draws("n_samples", n_samples)
+        _check_draws("importance_samples", importance_samples)
+        weighted = importance_samples is not None
+        draws = importance_samples if n_samples is None else n_samples
+        assert draws is not None
+        data = self._training_data() if X is None else self._new_rows(X, mask)
+        post = self._posterior_of(X, mask, posterior, **infer)
+        at_mean, mean, std, std_with_noise = (np.empty((len(data), data.num_columns)) for _ in range(4))
+        ess = np.empty(len(data))
+        scale = np.where(self.units_.constant, 0.0, self.units_.scale)
+        for rows in self._row_blocks(data):
+            of_z, variance, noise, effective, _ = (t.numpy() for t in self._moments(data, post, draws, weighted, rows))
+            at_mean[rows] = self.units_.to_user(self._decode(post.mean[rows]))
+            mean[rows], ess[rows] = self.units_.to_user(of_z), effective
+            std[rows], std_with_noise[rows] = scale * np.sqrt(variance), scale * np.sqrt(variance + noise)
+        return Predictive(at_mean, mean, std, std_with_noise, ess)
 
     def embed(self, X: Any = None, mask: Any = None, *, posterior: Posterior | None = None, **infer: Any) -> np.ndarray:
         """Posterior means, float32 [N, T], of new rows or (X=None) of the training rows. Other keywords go to infer."""
@@ -556,29 +666,42 @@ class Estimator:
     def _partial_mean(self, posterior: Posterior, up_to_group: int | None, residual: bool) -> Tensor:
         raise TypeError(f"up_to_group and residual belong to RVI's relays; {type(self).__name__} has none")
 
-    def score(self, X: Any = None, mask: Any = None, *, posterior: Posterior | None = None, **infer: Any) -> np.ndarray:
-        """The ELBO of every row's observed cells, in nats and in the model's units, float32 [N]."""
+    def score(
+        self,
+        X: Any = None,
+        mask: Any = None,
+        *,
+        importance_samples: int | None = None,
+        posterior: Posterior | None = None,
+        **infer: Any,
+    ) -> np.ndarray:
+        """The ELBO of every row's observed cells, in nats and in the model's units, float32 [N].
+
+        importance_samples: an int L gives log (1/L) sum of w_l instead, of weights w_l = p(x_observed, z_l) / q(z_l) of
+        L draws (eq. 22): in expectation a lower bound of log p(x_observed), the ELBO at L = 1 and higher with every
+        further draw.
+        """
         self._check_fitted()
+        _check_draws("importance_samples", importance_samples)
         post = self._posterior_of(X, mask, posterior, **infer)
-        if posterior is None and X is not None:
+        if importance_samples is None and posterior is None and X is not None:
             return post.elbo.numpy()  # infer has just taken it
-        return self._elbo(self._training_data() if X is None else self._new_rows(X, mask), post)
+        return self._bound(self._training_data() if X is None else self._new_rows(X, mask), post, importance_samples)
 
-    def _elbo(self, data: Observations, posterior: Posterior) -> np.ndarray:
-        model = self.model_
+    def _bound(self, data: Observations, post: Posterior, importance_samples: int | None = None) -> np.ndarray:
+        """The ELBO [N], or that of weighted draws."""
 
-        @torch.no_grad()
-        def elbo(block: slice) -> Tensor:
-            x, mask = (padded_block(t).to(self.device_) for t in self.units_.to_model(*data.read(block)))
-            mean, std = (padded_block(t[block]).to(self.device_) for t in (posterior.mean, posterior.std))
-            row_ids = padded_block(posterior.row_ids[block]).to(self.device_)
+        def of_block(x: Tensor, mask: Tensor, mean: Tensor, std: Tensor, ids: Tensor) -> tuple[Tensor]:
+            noises = (self._noise(ids, draw) for draw in range(importance_samples or ELBO_DRAWS))
+            if importance_samples is not None:
+                return (importance_bound(weighted_draws(self.model_, x, mask, mean, std, noises)).float(),)
             total = -ops.gaussian_sample(mean, std.log(), None)[1]
-            for draw in range(ELBO_DRAWS):
-                z = mean + std * self._noise(row_ids, draw)
-                total -= model.likelihood.nll(model.decoder(z), x, mask) / ELBO_DRAWS
-            return total[: len(posterior.row_ids[block])].cpu()
+            for noise in noises:
+                xhat = self.model_.decoder(mean + std * noise)
+                total -= self.model_.likelihood.nll(xhat, x, mask) / ELBO_DRAWS
+            return (total,)
 
-        return torch.cat(list(map_blocks(elbo, len(data)))).numpy()
+        return self._in_blocks(data, post, of_block, slice(0, len(data)))[0].numpy()
 
     def sample(self, n: int, *, source: str = "prior", noise: bool = False, seed: int | None = None) -> np.ndarray:
         """n new rows [n, D] in the user's units: z from the prior N(0, I), or from the posteriors of random training
@@ -848,10 +971,10 @@ class VAE(Estimator):
         """The posterior of new rows, by one pass of the encoder; steps, lr, protocol, start and stop_early have no
         effect."""
         data = self._new_rows(X, mask)
-        self._check_inference(steps, lr, protocol)
+        self._check_inference(steps, lr, protocol, start, stop_early)
         ids = data.row_ids() if row_ids is None else _as_row_ids(row_ids, len(data))
         posterior = self._encode(data, ids)
-        posterior.elbo = torch.from_numpy(self._elbo(data, posterior))
+        posterior.elbo = torch.from_numpy(self._bound(data, posterior))
         return posterior
 
     def _encode(self, data: Observations, ids: Tensor) -> Posterior:
@@ -887,6 +1010,12 @@ def _unknown_argument(cls: type[Estimator], name: str) -> str:
 
 def _empty_like(data: Observations) -> np.ndarray:
     return np.empty((len(data), data.num_columns), dtype=data.output_dtype())
+
+
+def _check_draws(name: str, draws: int | None) -> None:
+    arguments.positive_int(name, draws, None)
+    if draws is not None and draws > MAX_DRAWS:
+        raise ValueError(f"{name} must be at most {MAX_DRAWS:,}; got {draws:,}")
 
 
 def _check_out(out: Any, data: Observations, n_samples: int | None) -> None:

@@ -36,7 +36,7 @@ ELBO_DRAWS = 8  # samples of z in the ELBO that is reported
 OTHER_DRAWS = range(ELBO_DRAWS + 1, 2 * ELBO_DRAWS + 1)
 CONVERGED = 0.01  # a row has converged if PROBES more steps at the full rate would not raise its ELBO by a larger share
 PROBES = (1, 10)
-FIRST_ROUND = 0.4  # of the steps; only rows that have not converged then take the others,
+FIRST_ROUND = 0.4  # of the steps; only rows that have not converged then take the others, and start again at last,
 LEAST_ROUND = 50  # unless they are fewer than this
 
 HYPER = AdamHyper(0.9, 0.999, 1e-8)
@@ -74,15 +74,15 @@ class Posterior:
 @dataclasses.dataclass
 class InferencePlan:
     """How new rows are fitted. missed: the steps of the table between two visits of a row (protocol "epochs"). start:
-    "linear" (LinearStart) or "prior" (the values that training rows start from). stop_early: whether rows that have
-    converged after the first round take no further steps."""
+    "linear" (LinearStart), "prior" (the values that training rows start from), or None (where they are). stop_early:
+    whether rows that have converged after the first round take no further steps, and rows that stick start again."""
 
     steps: int
     lr: float
     schedule: str
     seed: int
     missed: int = 0
-    start: str = "prior"
+    start: str | None = "prior"
     stop_early: bool = False
 
     def adam_step(self, visit: int) -> int:
@@ -93,11 +93,17 @@ class InferencePlan:
         return self.lr * SCHEDULES[self.schedule](step / self.steps)
 
     def rounds(self) -> list[InferencePlan]:
-        """A first one for all rows, and one for those that have not converged by then."""
+        """A first descent for all rows; then, for those that have not converged by then, a second one from where they
+        are, and for those that still have not, all steps again from the other start."""
         first = round(FIRST_ROUND * self.steps)
         if not self.stop_early or min(first, self.steps - first) < LEAST_ROUND:
             return [self]
-        return [dataclasses.replace(self, steps=steps) for steps in (first, self.steps - first)]
+        (other,) = set(STARTS) - {self.start}
+        return [
+            dataclasses.replace(self, steps=first),
+            dataclasses.replace(self, steps=self.steps - first, start=None),
+            dataclasses.replace(self, start=other),
+        ]
 
 
 def fit_new_rows(
@@ -108,7 +114,7 @@ def fit_new_rows(
     row_ids: int64 [M]. A row with nothing observed gets the prior.
     """
     fits: Fits = FusedFits(model, plan.seed) if FusedFits.can_take(model, plan) else Fits(model, plan)
-    start = LinearStart(model) if plan.start == "linear" else None
+    start = LinearStart(model) if any(of_round.start == "linear" for of_round in plan.rounds()) else None
     size, workers = fits.rows_together(data.num_columns, len(data))
     bar = tqdm(total=-(-len(data) // size), delay=BAR_DELAY_S, disable=not show_progress, unit="block", leave=False)
 
@@ -132,18 +138,24 @@ def _fit(
 ) -> tuple[Tensor, ...]:
     """Mean, std, ELBO, convergence and parameters of rows in the model's units."""
     posterior = fits.model.posterior
-    p = posterior.initial_values(ids).to(x.device)
-    if start is not None:
-        (p,) = by_parts(lambda *rows: (start(*rows),), fits.parts_of_products, p, x, mask)
+    prior = posterior.initial_values(ids).to(x.device)
     empty = ~mask.any(1)
-    converged, elbo, left = empty.clone(), p.new_zeros(len(p)), torch.arange(len(p), device=x.device)
-    for number, of_round in enumerate(plan.rounds()):
-        left = left if number == 0 else (~converged).nonzero()[:, 0]
-        if len(left):
-            rows = ids[left], x[left], mask[left]
-            p[left], v, elbo[left] = by_parts(functools.partial(fits.fit, of_round), fits.parts_of_fit, p[left], *rows)
-            converged[left] = _cannot_gain(fits, of_round, p[left], v, elbo[left], *rows)
-    converged |= empty
+    p, elbo, converged = prior.clone(), prior.new_full((len(prior),), torch.nan), empty.clone()
+    for of_round in plan.rounds():
+        left = (~converged).nonzero()[:, 0]
+        if not len(left):
+            break
+        rows = ids[left], x[left], mask[left]
+        begin = p[left] if of_round.start is None else prior[left]
+        if of_round.start == "linear":
+            assert start is not None
+            at_once = min(fits.parts_of_products.most, start.rows_at_once)
+            (begin,) = by_parts(lambda *given: (start(*given),), Parts(at_once, at_once), begin, *rows[1:])
+        found, v, reached = by_parts(functools.partial(fits.fit, of_round), fits.parts_of_fit, begin, *rows)
+        stays = _cannot_gain(fits, of_round, found, v, reached, *rows)
+        better = (reached > elbo[left]) | elbo[left].isnan()  # a second descent may end below the first
+        taken = left[better]
+        p[taken], elbo[taken], converged[taken] = found[better], reached[better], stays[better]
     p[empty], elbo[empty] = 0, 0  # the prior is their exact optimum: zero mean, unit standard deviation
     with torch.no_grad():
         (mean,) = by_parts(lambda p: (posterior.mean_of(p),), fits.parts_of_products, p)

@@ -35,6 +35,10 @@ class Likelihood(nn.Module):
         """E[x | z] from the decoder's output."""
         raise NotImplementedError
 
+    def variance(self, xhat: Tensor) -> Tensor:
+        """Var[x | z] of every cell from the decoder's output, of its shape."""
+        raise NotImplementedError
+
     def draw(self, xhat: Tensor, noise: Tensor) -> Tensor:
         """A draw of x given the decoder's output and standard normals of its shape."""
         raise NotImplementedError
@@ -92,6 +96,9 @@ class Gaussian(Likelihood):
     def mean(self, xhat: Tensor) -> Tensor:
         return xhat
 
+    def variance(self, xhat: Tensor) -> Tensor:
+        return self.scale().to(xhat).square().expand_as(xhat)
+
     def draw(self, xhat: Tensor, noise: Tensor) -> Tensor:
         return xhat + self.scale().to(xhat) * noise
 
@@ -118,6 +125,10 @@ class Bernoulli(Likelihood):
 
     def mean(self, xhat: Tensor) -> Tensor:
         return torch.sigmoid(xhat)
+
+    def variance(self, xhat: Tensor) -> Tensor:
+        p = torch.sigmoid(xhat)
+        return p * (1 - p)
 
     def draw(self, xhat: Tensor, noise: Tensor) -> Tensor:
         uniform = 0.5 * torch.erfc(-noise / math.sqrt(2))

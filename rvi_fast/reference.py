@@ -409,6 +409,43 @@ def _per_row(value: Tensor, like: Tensor) -> Tensor:
     return value.to(like.dtype)[..., None] if value.ndim else value.to(like.dtype)
 
 
+# --- the posterior predictive: draws of z ~ q, weighted by how much more the model believes in them ---
+
+
+class PredictiveMoments(NamedTuple):
+    """Of each cell, over draws of z [B, D]; and what the draws are worth [B]."""
+
+    mean: Tensor  # E[f(z)]
+    variance: Tensor  # Var[f(z)]
+    noise: Tensor  # E[Var(x | z)]
+    ess: Tensor  # effective number of draws
+    log_mean_weight: Tensor  # log (1/L) sum of w_l: a lower bound of log p(x_observed), in expectation
+
+
+def log_importance_weight(nll: Tensor, z: Tensor, log_std: Tensor, noise: Tensor) -> Tensor:
+    """log w = log p(x_observed | z) + log p(z) - log q(z) of z = mu + sigma * noise (eq. 21).
+
+    nll [B]: -log p(x_observed | z); z, log_std, noise: [B, T]. Returns [B].
+    """
+    return (0.5 * (noise * noise - z * z) + log_std).sum(1) - nll
+
+
+def predictive_moments(f: Tensor, cell_variance: Tensor, log_weight: Tensor) -> PredictiveMoments:
+    """Under self-normalised weights (eqs. 22 to 24).
+
+    f, cell_variance [L, B, D]: E[x | z] and Var[x | z] of L draws; log_weight [L, B]: zeros for plain means under q.
+    """
+    share = log_weight.softmax(0)[:, :, None]
+    mean = (share * f).sum(0)
+    return PredictiveMoments(
+        mean,
+        (share * (f - mean).square()).sum(0),
+        (share * cell_variance).sum(0),
+        1 / share.square().sum(0)[:, 0],
+        log_weight.logsumexp(0) - math.log(len(f)),
+    )
+
+
 # --- inference: rows fitted by themselves, all that they share being frozen ---
 
 

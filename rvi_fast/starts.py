@@ -9,7 +9,8 @@ from .likelihoods import Bernoulli, Gaussian, Likelihood
 from .model import RowModel
 from .nn import MLPDecoder
 
-COLUMNS_AT_ONCE = 1 << 22  # numbers of a block of columns' outer products; a model with no more keeps them
+COLUMNS_AT_ONCE = 1 << 22  # numbers, T^2 each, of a block of columns' outer products; a model with no more keeps them
+ROWS_AT_ONCE = 1 << 24  # of the rows' systems, T^2 each: 64 MiB in float32, and as much for their factors
 LEAST_WEIGHT = 1e-6  # of the prior, without which latents that nothing observes have no variance
 
 
@@ -30,6 +31,7 @@ class LinearStart:
         columns, latent_dim = self.slope.shape
         spans = torch.arange(columns).split(max(1, COLUMNS_AT_ONCE // latent_dim**2))
         self.spans = [slice(int(span[0]), int(span[-1]) + 1) for span in spans]
+        self.rows_at_once = max(1, ROWS_AT_ONCE // latent_dim**2)
         self.outer = self._outer(self.spans[0]) if len(self.spans) == 1 else None  # else it would fill the memory
 
     @torch.no_grad()
