@@ -96,7 +96,6 @@ HEADER = """\
 
 
 def line(num_rows: int, running: list[Contestant]) -> str:
-    """One line of the table under HEADER."""
     ours, default, fused = running
     own, *others = (contestant.milliseconds() for contestant in running)
     times = " | ".join(f"{time:.1f}" for time in (own, *others, *(other / own for other in others)))
@@ -104,14 +103,9 @@ def line(num_rows: int, running: list[Contestant]) -> str:
     return f"| {num_rows:,} | {times} | {memory} | {difference(ours, fused):.1e} |"
 
 
-def main(
-    train: Callable[[int, int], tuple[float, float]],
-    problem: Callable[[int, int], Problem],
-    train_steps: int,
-    argv: list[str] | None = None,
-) -> None:
-    """Train by `train(rows, steps)`, which gives an error and a baseline's; then race on problem(rows, steps)."""
-    parser = argparse.ArgumentParser(description="Train RowTable by RowAdam, then time it against nn.Embedding + Adam.")
+def main(train: Callable, problem: Callable, train_steps: int, argv: list[str] | None = None) -> None:
+    """train(rows, steps) gives the model's error and a baseline's; the race is on problem(rows, steps)."""
+    parser = argparse.ArgumentParser(description="Train, then time against nn.Embedding + Adam.")
     parser.add_argument("--rows", type=int, nargs="+", default=[2_000, 20_000, 200_000], help="sizes to time")
     parser.add_argument("--steps", type=int, default=100, help="steps to time")
     parser.add_argument("--train-steps", type=int, default=train_steps, help="steps to train the first of --rows")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from rvi_fast.optim import RowAdam
 
-COLUMNS, LATENTS, FREQUENCIES = 30, 16, 64
+COLUMNS, LATENTS, FREQUENCIES = 30, 24, 64
 NOISE = 0.1  # of the data
 MISSING = 0.5
 ROWS = 128  # of a batch

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from rvi_fast.optim import RowAdam
 
 FILMS, SEEN, HELD_OUT = 500, 30, 5  # a user rates 30 of 500 films (94 % are missing), and 5 more that are held out
-RANK, DIM = 4, 32  # of the truth, of the model
+RANK, DIM = 4, 64  # of the truth, of the model
 NOISE = 0.5  # of a rating, before it is rounded
 PENALTY = 0.1  # on the squares of vectors and biases, by rating
-USERS = 256  # of a batch
+USERS = 128  # of a batch
 LR = 5e-3
 
 
