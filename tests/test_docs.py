@@ -1,0 +1,83 @@
+"""The README's and the pages' examples run as they stand, and their figures are the ones measured."""
+
+import csv
+import re
+
+import numpy as np
+import pages
+import pytest
+
+pytest.importorskip("sklearn")
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def printed(output: str) -> dict[str, float]:
+    """The numbers of lines like "name: 0.12"."""
+    return {name: float(number) for name, number in re.findall(r"^([\w ]+): (\d+\.\d+)$", output, flags=re.MULTILINE)}
+
+
+def test_readme(capsys):
+    assert len(pages.blocks("README.md")) == 3
+    names = pages.run("README.md")
+    error = float(re.search(r"hidden cells: (\d+\.\d+)", capsys.readouterr().out)[1])
+    assert error < 0.3
+    assert names["draws"].shape == (20, 5, 30)
+    assert names["again"].get_params() == names["model"].get_params()
+
+
+def test_quick_start(capsys):
+    names = pages.run("docs/quick-start.md")
+    errors = printed(capsys.readouterr().out)
+    assert errors["RVI"] < 0.6 * errors["column means"]
+    assert names["embedding"].shape == (500, names["model"].latent_dim_) and names["imagined"].shape == (10, 30)
+    hidden = ~names["observed"][:500]
+    spread = names["high"] - names["low"]
+    assert (spread[hidden] > 0).all() and not spread[~hidden].any()
+    assert np.isfinite(names["filled_new"]).all() and len(names["odd"]) == 5
+
+
+def test_images(capsys):
+    names = pages.run("docs/images.md")
+    errors = printed(capsys.readouterr().out)
+    assert errors["RVI"] < 0.8 * errors["pixel means"]
+    observed, images = names["observed"], names["images"]
+    assert np.array_equal(names["filled"][observed], images[observed])
+    assert names["picture"].dtype == np.uint8
+    assert names["probability"].min() >= 0 and names["probability"].max() <= 1
+
+
+def test_images_of_fashion_mnist(capsys):
+    pages.skip_without("fashion_mnist")
+    pages.run("docs/images.md", "fashion_mnist")
+    errors = printed(capsys.readouterr().out)
+    assert errors["RVI"] < 0.6 * errors["pixel means"]
+
+
+def test_when_not(capsys):
+    names = pages.run("docs/when-not.md")
+    errors = printed(capsys.readouterr().out)
+    assert set(errors) == {"RVIImputer", "KNNImputer", "IterativeImputer"} and max(errors.values()) < 1.1
+    assert names["row_lr"] == pytest.approx(0.0034, abs=5e-5)
+
+
+def test_the_figures_of_when_not():
+    page = " ".join(pages.text("docs/when-not.md").split())
+    with open(pages.ROOT / "bench/results/cpu/inference.csv", encoding="utf-8") as file:
+        rows = {(row["way"], row["steps"]): row for row in csv.DictReader(file)}
+    default, encoder, short = rows["default", "250"], rows["encoder", "1"], rows["linear", "25"]
+    assert f"`infer` does {float(default['rows_per_s']):.0f} test images" in page
+    assert f"does {round(float(encoder['rows_per_s']), -1):,.0f}." in page
+    assert f"off by {float(encoder['missing_error']):.3f}" in page
+    assert f"RVI is by {float(default['missing_error']):.3f}" in page
+    assert f"get {float(short['missing_error']):.3f} at {float(short['rows_per_s']):,.0f} rows" in page
+
+
+def test_the_test_command_is_what_ci_runs():
+    command = next(line for line in pages.text("README.md").splitlines() if line.endswith("&& pytest"))
+    ci = pages.text(".ci/run")
+    install = command.split(" && ")[2]
+    assert install.removeprefix("pip install ") in ci and "\npytest" in ci
