@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -23,19 +25,21 @@ def blocks(page: str) -> list[str]:
 
 def needs(block: str) -> list[str]:
     """What a block asks for beyond the test extra."""
-    return [p for p in PACKAGES if f"import {p}" in block or f"from {p}" in block] + (
-        ["fashion_mnist"] if "fashion_mnist(" in block else []
-    )
+    packages = [p for p in PACKAGES if f"import {p}" in block or f"from {p}" in block]
+    return packages + [need for need in ("fashion_mnist", "torch.compile") if need in block]
 
 
 def skip_without(need: str) -> None:
-    if need in PACKAGES:
-        pytest.importorskip(need)
-    else:
+    if need == "torch.compile":
+        if not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
+            pytest.skip("torch.compile needs a C++ compiler")
+    elif need == "fashion_mnist":
         try:
-            getattr(data, need)("train")
+            data.fashion_mnist("train")
         except FileNotFoundError as error:
             pytest.skip(str(error))
+    else:
+        pytest.importorskip(need)
 
 
 def run(page: str, need: str | None = None, names: dict[str, object] | None = None) -> dict[str, object]:

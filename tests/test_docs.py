@@ -1,11 +1,13 @@
 """The README's and the pages' examples run as they stand, and their figures are the ones measured."""
 
+import contextlib
 import csv
 import re
 
 import numpy as np
 import pages
 import pytest
+import torch
 
 pytest.importorskip("sklearn")
 
@@ -54,7 +56,32 @@ def test_images_of_fashion_mnist(capsys):
     pages.skip_without("fashion_mnist")
     pages.run("docs/images.md", "fashion_mnist")
     errors = printed(capsys.readouterr().out)
-    assert errors["RVI"] < 0.6 * errors["pixel means"]
+    assert errors["RVI"] < 0.8 * errors["pixel means"]
+
+
+@pytest.fixture(scope="module")
+def names_of_pytorch(tmp_path_factory):
+    with contextlib.chdir(tmp_path_factory.mktemp("pytorch")):
+        return pages.run("docs/pytorch.md")
+
+
+def test_pytorch(names_of_pytorch):
+    target, loss = names_of_pytorch["target"], names_of_pytorch["loss"]
+    assert loss < 0.5 * target.square().mean()
+    for name in ("model", "optimizer"):
+        state = names_of_pytorch["again" if name == "model" else "its_optimizer"].state_dict()
+        torch.testing.assert_close(state, names_of_pytorch[name].state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("need", ["torch.compile", "accelerate", "lightning"])
+def test_pytorch_with(need, names_of_pytorch):
+    pages.skip_without(need)
+    names = pages.run("docs/pytorch.md", need, names_of_pytorch)
+    model = {"torch.compile": "model", "accelerate": "prepared"}.get(need)
+    model = names[model] if model else names["module"].model
+    with torch.no_grad():
+        loss = (model(torch.arange(names["num_rows"])) - names["target"]).square().mean()
+    assert loss < 0.95 * names["target"].square().mean()
 
 
 def test_when_not(capsys):
