@@ -1,6 +1,4 @@
 import dataclasses
-import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -184,10 +182,3 @@ def test_inference_changes_nothing_in_the_model():
     model.infer(data(70, 13), steps=5)
     assert all(torch.equal(before[k], v) for k, v in model.model_.state_dict().items())
     assert all(p.grad is None for p in model.model_.decoder.parameters())
-
-
-def test_the_example_in_the_docs_runs(capsys):
-    page = (Path(__file__).parent.parent / "docs" / "inference.md").read_text(encoding="utf-8")
-    (example,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
-    exec(compile(example, "inference.md", "exec"), {})
-    assert 0 <= float(capsys.readouterr().out) <= 1

@@ -1,9 +1,7 @@
 import os
 import pickle
-import re
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -24,8 +22,6 @@ from rvi_fast.sklearn import RVIEmbedding, RVIImputer
 SMALL = dict(n_components=3, hidden=(8,), groups=(5, 10), epochs=4, infer_steps=12, random_state=0)
 SAME_RVI = dict(latent_dim=3, hidden=(8,), groups=(5, 10), epochs=4, seed=0, progress=False)
 BOTH = [RVIImputer, RVIEmbedding]
-PAGE = Path(__file__).parent.parent / "docs" / "tables.md"
-OPTIONAL = ("anndata", "polars")  # packages that a block of the page may need
 
 
 def table(n=60, d=5, rate=0.3, seed=0):
@@ -444,42 +440,3 @@ def test_bad_sample_counts_are_refused(n_samples):
     imputer = RVIImputer(**SMALL).fit(table())
     with pytest.raises(ValueError, match="n_samples must be a positive int"):
         imputer.impute_samples(table(), n_samples=n_samples)
-
-
-# the page
-
-
-def blocks():
-    return re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
-
-
-def needs(block):
-    return [package for package in OPTIONAL if f"import {package}" in block]
-
-
-@pytest.fixture(scope="module")
-def names_of_the_page():
-    """What the page's examples leave behind, run one after the other."""
-    names: dict[str, object] = {}
-    for block in blocks():
-        if not needs(block):
-            exec(compile(block, str(PAGE), "exec"), names)
-    return names
-
-
-def test_the_examples_of_the_page_run(names_of_the_page):
-    assert len(blocks()) == 7 and [needs(block) for block in blocks()].count([]) == 5
-    assert names_of_the_page["pipeline"].score(names_of_the_page["X_test"], names_of_the_page["y_test"]) > 0.85
-    assert names_of_the_page["draws"].shape == (50, 45, 13) and names_of_the_page["Z"].shape == (45, 8)
-
-
-@pytest.mark.parametrize("package", OPTIONAL)
-def test_the_examples_with_other_packages_run(package, names_of_the_page):
-    pytest.importorskip(package)
-    (block,) = [block for block in blocks() if needs(block) == [package]]
-    names = dict(names_of_the_page)
-    exec(compile(block, str(PAGE), "exec"), names)
-    filled = names["cells"].layers["filled"] if package == "anndata" else names["filled"].to_numpy()
-    observed = names["X_train"].notna().to_numpy()
-    assert filled.shape == (133, 13) and np.isfinite(filled).all()
-    assert np.array_equal(filled[observed], names["X_train"].to_numpy()[observed])

@@ -1,8 +1,6 @@
 """The engine alone: ways to take a step agree, cells are the same wherever they lie, and nothing is lost between."""
 
 import copy
-import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -413,13 +411,6 @@ def test_a_step_that_was_cut_in_two_leaves_no_clock_behind(monkeypatch):
         mine.run(after_step=after_step, show_progress=False)
     clock = mine.model.posterior.table.store.columns[0].clock
     assert clock.index == clock.steps == int(clock.counters[0]) == 4
-
-
-def test_the_example_in_the_docs_runs(capsys):
-    docs = (Path(__file__).parent.parent / "docs" / "performance.md").read_text(encoding="utf-8")
-    (example,) = re.findall(r"```python\n(.*?)```", docs, flags=re.DOTALL)
-    exec(compile(example, "performance.md", "exec"), {})
-    assert len(eval(capsys.readouterr().out)) == 5
 
 
 GPU = torch.device("cuda")
