@@ -35,6 +35,8 @@ def make_data(count: int) -> tuple[Tensor, Tensor]:
 
 
 class GPLVM(nn.Module):
+    frequencies: Tensor
+
     def __init__(self, places: nn.Module, num_rows: int):
         super().__init__()
         self.places = places  # [N, 2 T]: means and log scales of q(x)
@@ -88,9 +90,11 @@ def train(count: int, steps: int) -> tuple[float, float]:
         model(*batch).backward()
         optimizer.step()
     with torch.no_grad():
-        filled = model.features(model.places.weight[:, :LATENTS]) @ model.w_mean
+        means = model.places(torch.arange(count))[:, :LATENTS]
+        filled = model.features(means) @ model.w_mean
     column_means = torch.where(observed, y, 0.0).sum(0) / observed.sum(0)
-    return tuple((guess - y)[~observed].square().mean().item() for guess in (filled, column_means.expand_as(y)))
+    error, baseline = ((guess - y)[~observed].square().mean().item() for guess in (filled, column_means))
+    return error, baseline
 
 
 def problem(count: int, steps: int) -> Problem:

@@ -89,8 +89,9 @@ def train(count: int, steps: int) -> tuple[float, float]:
         optimizer.step()
     held_out = ratings.stars[:, SEEN:]
     with torch.no_grad():
-        predicted = model.predict(model.users.weight[:, None], model.films(ratings.films[:, SEEN:]))
-    return tuple((guess - held_out).square().mean().sqrt().item() for guess in (predicted, of_means(ratings)))
+        predicted = model.predict(model.users(torch.arange(count))[:, None], model.films(ratings.films[:, SEEN:]))
+    error, baseline = ((guess - held_out).square().mean().sqrt().item() for guess in (predicted, of_means(ratings)))
+    return error, baseline
 
 
 def problem(count: int, steps: int) -> Problem:

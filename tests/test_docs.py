@@ -139,3 +139,18 @@ def test_the_test_command_is_what_ci_runs():
     ci = pages.text(".ci/run")
     install = command.split(" && ")[2]
     assert install.removeprefix("pip install ") in ci and "\npytest" in ci
+
+
+def anchors(page: str) -> set[str]:
+    """GitHub's names of the headings."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", pages.text(page), flags=re.DOTALL), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", ["README.md", *sorted(f"docs/{path.name}" for path in pages.ROOT.glob("docs/*.md"))])
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\((?!https?:)([^)]+)\)", pages.text(page)):
+        path, _, anchor = link.partition("#")
+        target = (pages.ROOT / page).parent / path if path else pages.ROOT / page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(str(target.resolve().relative_to(pages.ROOT.resolve()))), link
