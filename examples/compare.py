@@ -44,9 +44,6 @@ class Contestant:
             self.losses.append(loss.item())
         self.seconds.append((time.perf_counter() - start) / len(batches))
 
-    def milliseconds(self) -> float:
-        return 1e3 * statistics.median(self.seconds)
-
     def megabytes(self) -> float:
         """Of parameters, their gradients and Adam's state."""
         held = [t for state in self.optimizer.state.values() for t in state.values()]
@@ -97,7 +94,7 @@ HEADER = """\
 
 def line(num_rows: int, running: list[Contestant]) -> str:
     ours, default, fused = running
-    own, *others = (contestant.milliseconds() for contestant in running)
+    own, *others = (1e3 * statistics.median(contestant.seconds) for contestant in running)
     times = " | ".join(f"{time:.1f}" for time in (own, *others, *(other / own for other in others)))
     memory = f"{ours.megabytes():.1f} | {default.megabytes():.1f}"
     return f"| {num_rows:,} | {times} | {memory} | {difference(ours, fused):.1e} |"
