@@ -115,6 +115,18 @@ def test_pytorch_with(need, names_of_pytorch):
     assert (decoded - names["target"]).square().mean() < 0.5 * names["target"].square().mean()
 
 
+def test_the_tables_of_pytorch():
+    """They are what the examples print, and show what the page says of them."""
+    page = pages.text("docs/pytorch.md")
+    header = re.search(r'HEADER = """\\\n(.*?)"""', pages.text("examples/compare.py"), flags=re.DOTALL)[1]
+    tables = page.split(header + "\n")[1:]
+    assert len(tables) == 3
+    for table in tables:
+        few, _, many = ([float(c.replace(",", "")) for c in line.split("|")[1:-1]] for line in table.splitlines()[:3])
+        assert few[0] == 2_000 and 0.3 < few[5] < 1
+        assert many[0] == 200_000 and min(many[4:6]) >= 5 and many[6] < 0.8 * many[7] and many[8] < 1e-5
+
+
 def test_when_not(capsys):
     names = pages.run("docs/when-not.md")
     errors = printed(capsys.readouterr().out)
