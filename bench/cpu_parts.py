@@ -23,7 +23,7 @@ import torch
 from rvi_fast import reference
 from rvi_fast.clock import EPS_MEETS_GRADIENT, AdamClock
 from rvi_fast.loops import adam, likelihood, relays
-from rvi_fast.ops import elbo_cpu, rows_cpu
+from rvi_fast.ops import elbo_cpu, rows_cpu, table_cpu
 from rvi_fast.ops.elbo import ElboModel, SharedState
 from rvi_fast.reference import AdamHyper
 
@@ -61,7 +61,7 @@ def _of_rows(a: elbo_cpu.Arrays, rows: torch.Tensor, normal: Callable[..., torch
         for _ in range(STEPS):
             each.advance(LR)
     flat, grad = values.flatten(1).numpy(), normal(BATCH, WIDTH)
-    factors = rows_cpu.adam_factors(STEPS, LR, 0.0, HYPER)
+    factors = table_cpu.adam_factors(STEPS, LR, 0.0, HYPER)
 
     def read() -> None:
         at, before, of_exact = rows.numpy(), last.numpy(), (clock_too.inexact_before, EPS_MEETS_GRADIENT)
@@ -83,7 +83,7 @@ def _of_rows(a: elbo_cpu.Arrays, rows: torch.Tensor, normal: Callable[..., torch
             equations_step,
             lambda: adam.step_rows(1, flat, last.numpy(), rows.numpy(), *a.moving(), grad.numpy(), factors, STEPS),
         ),
-        ("the clock's step", lambda: clock.advance(LR), lambda: elbo_cpu._advance(clock_too, LR, 0.0)),
+        ("the clock's step", lambda: clock.advance(LR), lambda: table_cpu.advance(clock_too, LR, 0.0)),
     ]
 
 

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import reference
-from ..clock import EPS_MEETS_GRADIENT, AdamClock
+from ..clock import AdamClock
 from ..reference import HALF_LOG_2PI, AdamHyper
-from .rows_cpu import Decoder, Rows, adam_factors
+from .rows_cpu import Decoder, Rows
+from .table_cpu import adam_factors, advance, read_rows, step_rows
 
 if TYPE_CHECKING:
     from .elbo import Batch, ElboModel, RowState, SharedState
@@ -38,7 +38,7 @@ class Arrays(Rows):
         self.log_scale = layers.pop() if model.learned else None
         super().__init__(batch, width, relays, model)
         self.decoder = Decoder(batch, layers, model)
-        self.apart, self.in_order = np.empty(batch, bool), np.arange(batch)  # apart: rows left to the equations
+        self.apart, self.in_order = np.empty(batch, bool), np.arange(batch)
         self.squares, self.count = np.empty(columns), np.empty(columns)
 
 
@@ -59,38 +59,17 @@ def step(table: RowState, batch: Batch, shared: SharedState, model: ElboModel, k
             f"history has room for {clock.history.shape[1] - 1} steps, all taken; call make_room(steps) of the ElboStep"
         )
 
-    _read_rows(table, rows, clock, a)
+    at, now = (table.values, table.last, rows), (a.p, a.m, a.v)
+    read_rows(*at, clock, now, a.apart)
     nll, kl = _losses_and_gradients(table, batch, rows, model, a)
     lr, weight_decay = table.rates.tolist()
-    _step_rows(table, rows, clock, lr, weight_decay, a)
-    _advance(clock, lr, weight_decay)
+    step_rows(*at, now, a.grad, clock, lr, weight_decay)
+    advance(clock, lr, weight_decay)
     table.noise_step.add_(1)
     _step_shared(shared, a)
     loss = shared.loss.numpy()
     loss[0] = nll, kl, len(rows)
     loss[1] += loss[0]
-
-
-def _read_rows(table: RowState, rows: Tensor, clock: AdamClock, a: Arrays) -> None:
-    """The rows' p, m and v into a.p, a.m and a.v, brought up to date (reference.catch_up)."""
-    from ..loops import adam, threads
-
-    hyper, least = clock.hyper, reference.least_root(table.values.dtype)
-    if clock.closed_form:
-        adam.read_rows(
-            threads.available(), table.values.flatten(1).numpy(), rows.numpy(), table.last.numpy(),
-            clock.history.numpy(), clock.index, *hyper.logs(), hyper.eps, least, clock.inexact_before,
-            EPS_MEETS_GRADIENT, *a.moving(), a.apart,
-        )  # fmt: skip
-    else:
-        a.apart[:] = True
-    if a.apart.any():
-        apart = torch.from_numpy(a.apart.nonzero()[0])
-        at = rows[apart]
-        p, m, v = table.values[at].unbind(1)
-        caught_up = clock.catch_up(p, m, v, table.last[at])
-        for kept, values in zip((a.p, a.m, a.v), caught_up, strict=True):
-            kept[apart] = values
 
 
 def _losses_and_gradients(
@@ -131,27 +110,6 @@ def _loss(batch: Batch, rows: Tensor, model: ElboModel, a: Arrays) -> float:
     by_log = (a.count - a.squares) / scale * (exponent.numpy() / scale * share)
     a.by_layers[-1].copy_(torch.from_numpy(by_log))
     return 0.5 * a.squares.sum() + a.count @ (np.log(scale.astype(np.float64)) + HALF_LOG_2PI)
-
-
-def _step_rows(table: RowState, rows: Tensor, clock: AdamClock, lr: float, weight_decay: float, a: Arrays) -> None:
-    """Adam's step of the rows by a.grad, into the table."""
-    from ..loops import adam, threads
-
-    factors = adam_factors(clock.steps + 1, lr, weight_decay, clock.hyper)
-    at = table.values.flatten(1).numpy(), table.last.numpy(), rows.numpy()
-    adam.step_rows(threads.available(), *at, *a.moving(), a.grad.numpy(), factors, clock.index + 1)
-    torch.autograd.graph.increment_version(table.values)  # of which NumPy knows nothing
-
-
-def _advance(clock: AdamClock, lr: float, weight_decay: float) -> None:
-    """AdamClock.advance of a history that has room."""
-    from ..loops import adam
-
-    clock.replayed(1)
-    clock.counters.numpy()[0] = clock.index
-    window = (clock.window or 0) if clock.closed_form else 0
-    corrections = clock.hyper.bias_corrections_at(clock.steps)
-    adam.advance(clock.history.numpy(), clock.index, window, lr, weight_decay, *corrections, *clock.hyper.logs())
 
 
 def _step_shared(shared: SharedState, a: Arrays) -> None:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..reference import HALF_LOG_2PI, AdamHyper
-from .rows_cpu import Decoder, Rows, adam_factors
+from .rows_cpu import Decoder, Rows
+from .table_cpu import adam_factors
 
 if TYPE_CHECKING:
     from .elbo import ElboModel

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,6 +13,9 @@ from .. import dispatch, reference
 from ..clock import AdamClock, Clock, LazyClock
 from .checks import check_distinct_rows, check_float, check_one_device, check_shape
 from .registry import operator
+from .table_cpu import advance
+from .table_cpu import read_rows as read_by_loops
+from .table_cpu import step_rows as step_by_loops
 
 
 class Columns(NamedTuple):
@@ -29,6 +33,23 @@ def _use_kernel(op: str, values: Tensor) -> bool:
     elif values.stride(2) != 1:
         unsupported = "tables whose columns are not next to each other"
     return dispatch.use_triton(op, values.device, unsupported)
+
+
+def _use_loops(values: Tensor, rows: Tensor, columns: Sequence[Columns]) -> bool:
+    """Whether compiled loops read and step these rows; those outside of the table are left to the equations, which
+    raise."""
+    if torch.compiler.is_compiling() or type(values) is not Tensor or not dispatch.use_numba(values.device):
+        return False
+    moves_as_one = len(columns) == 1 and columns[0][:2] == (0, values.shape[2]) and not columns[0].clock.by_row
+    if not moves_as_one or values.dtype not in (torch.float32, torch.float64) or not values.is_contiguous():
+        return False
+    return rows.dtype == torch.int64 and len(rows) > 0 and int(rows.min()) >= 0 and int(rows.max()) < len(values)
+
+
+def _read_by_loops(values: Tensor, last: Tensor, rows: Tensor, clock: AdamClock) -> tuple[Tensor, ...]:
+    now = values.new_empty(3, len(rows), values.shape[2]).unbind(0)
+    read_by_loops(values, last, rows, clock, now, np.empty(len(rows), bool))
+    return now
 
 
 def _tensors(columns: Sequence[Columns]) -> tuple[list[int], list[int], list[Tensor], list[Tensor], list[Tensor]]:
@@ -49,6 +70,9 @@ def read_rows(
     if _use_kernel("read_rows", values):
         closed_form = [column.clock.closed_form for column in columns]
         return _read_rows(values, last, rows, *_tensors(columns), closed_form, moments).unbind(0)
+    if _use_loops(values, rows, columns):
+        now = _read_by_loops(values, last, rows.contiguous(), cast(AdamClock, columns[0].clock))
+        return now if moments else now[:1]
     return _read_rows_twin(values, last, rows, columns)[: 3 if moments else 1]
 
 
@@ -164,6 +188,12 @@ def row_adam_(
         inside = (rows >= 0) & (rows < values.shape[0])
         rows, grad = rows[inside], grad[inside]
     numbers = [float(rate) for rate in lr], [float(decay) for decay in weight_decay]
+    if _use_loops(values, rows, columns):
+        clock, at = cast(AdamClock, columns[0].clock), (values, last, rows.contiguous())
+        clock.reserve(1)
+        step_by_loops(*at, _read_by_loops(*at, clock), grad.detach().contiguous(), clock, numbers[0][0], numbers[1][0])
+        advance(clock, numbers[0][0], numbers[1][0])
+        return
     _row_adam_twin(values, last, rows, grad, columns, *numbers)
     for (_, _, clock), rate, decay in zip(columns, *numbers, strict=True):
         clock.advance(rate, decay)

@@ -146,9 +146,3 @@ class Decoder:
 def bits_of(values: Tensor) -> np.ndarray:
     """As integers of the same size, in the same memory."""
     return values.view(reference.INTEGERS[values.itemsize]).numpy()
-
-
-def adam_factors(number: int, lr: float, weight_decay: float, hyper: reference.AdamHyper) -> tuple[float, ...]:
-    """What loops.adam.step takes besides arrays, of Adam's step `number`."""
-    bc1, bc2 = hyper.bias_corrections_at(number)
-    return lr / bc1, bc2**-0.5, 1 - lr * weight_decay, *hyper

@@ -30,7 +30,8 @@ def read_rows(
     if apart.any():
         left = torch.from_numpy(apart.nonzero()[0])
         at = rows[left]
-        for to, caught_up in zip(now, clock.catch_up(*values[at].unbind(1), last[at]), strict=True):
+        p, m, v = values[at].unbind(1)
+        for to, caught_up in zip(now, clock.catch_up(p, m, v, last[at]), strict=True):
             to[left] = caught_up
 
 
