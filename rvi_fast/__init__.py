@@ -4,6 +4,7 @@ from . import data, functional, likelihoods, masks, metrics, nn, optim
 from .dispatch import backend, get_backend, set_backend
 from .estimators import RVI, VAD, VAE
 from .infer import Posterior
+from .predictive import Predictive
 
 __version__ = "0.1.0"
 
@@ -12,6 +13,7 @@ __all__ = [
     "VAD",
     "VAE",
     "Posterior",
+    "Predictive",
     "backend",
     "data",
     "functional",

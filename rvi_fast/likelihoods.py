@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from . import ops
 
+__all__ = ["Bernoulli", "Gaussian", "Likelihood"]
+
 
 class Likelihood(nn.Module):
     """p(x | z) for one datapoint: what the decoder's output means."""

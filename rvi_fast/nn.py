@@ -15,6 +15,8 @@ from . import arguments, ops
 from .clock import Clock
 from .row_store import ReadRows, RowStore
 
+__all__ = ["MLPDecoder", "MeanFieldPosterior", "RelayPosterior", "RowTable"]
+
 ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU, "tanh": nn.Tanh, "gelu": nn.GELU}
 
 # draws of the "init" noise stream, one for each thing that is initialised

@@ -14,6 +14,8 @@ from torch.optim.adamw import adamw
 from .reference import AdamHyper
 from .row_store import Movement, RowParameter, RowStore
 
+__all__ = ["RowAdam"]
+
 MODES = ("dense", "lazy")
 FRESH = dict.fromkeys(("step", "exp_avg", "exp_avg_sq"), torch.zeros(()))  # the state of what no step has moved
 
