@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from rvi_fast import RVI, VAD
+from rvi_fast import RVI, VAD, infer
 from rvi_fast.observations import Observations
+from rvi_fast.starts import LinearStart
 
 SMALL = dict(epochs=3, batch_size=32, progress=False)
 MODELS = [
@@ -132,6 +133,52 @@ def test_rows_that_have_converged_take_no_more_steps():
     assert early.elbo.mean() > whole.elbo.mean() - 0.02 * (1 + whole.elbo.abs().mean())
     some = torch.cat((done.nonzero()[:5, 0], (~done).nonzero()[:5, 0])).numpy()
     assert torch.equal(bits(model.infer(X[some], steps=150)), bits(early)[some])
+
+
+def fits_of(monkeypatch):
+    """Blocks that are fitted from now on."""
+    calls = []
+    for cls in (infer.Fits, infer.FusedFits):
+
+        def fit(self, plan, p, *rows, whole=cls.fit):
+            calls.append(plan)
+            return whole(self, plan, p, *rows)
+
+        monkeypatch.setattr(cls, "fit", fit)
+    return calls
+
+
+def test_rows_that_converge_cost_no_second_descent(monkeypatch):
+    model = RVI(**{**MODELS[0][1], "epochs": 60, "lr": 1e-2}).fit(data(200, 13, seed=1))
+    X = data(150, 13)
+    X = X[model.infer(X, steps=100, stop_early=False).converged.numpy()]
+    assert len(X) > 64
+    plans = fits_of(monkeypatch)
+    assert model.infer(X).converged.all()
+    assert [plan.steps for plan in plans] == [100] * -(-len(X) // 64)
+
+
+@pytest.mark.parametrize("columns, by", [(slice(-10, -5), 40.0), (slice(-5, None), 200.0)])
+def test_rows_that_stick_start_again_from_the_other_side(monkeypatch, columns, by):
+    """Some start with means too far off for their steps, or with standard deviations beyond float32."""
+    model = RVI(**{**MODELS[0][1], "epochs": 60, "lr": 1e-2}).fit(data(200, 13, seed=1))
+    X, there = data(70, 13), LinearStart.__call__
+    sticks = torch.from_numpy(X[:, 0] > 0)
+    well = model.infer(X, lr=0.03, start="prior", stop_early=False)
+
+    def far(self, p, x, mask):
+        p = there(self, p, x, mask)
+        p[:, columns] += by * (x[:, :1] > 0)
+        return p
+
+    monkeypatch.setattr(LinearStart, "__call__", far)
+    stuck = model.infer(X, lr=0.03, stop_early=False)
+    assert sticks.sum() > 9 and not (stuck.elbo[sticks] > well.elbo[sticks] - 5).any()
+    plans = fits_of(monkeypatch)
+    found = model.infer(X, lr=0.03)
+    starts = [plan.start for plan in plans]
+    assert starts[:2] == ["linear", "linear"] and set(starts[2:]) == {None, "prior"}
+    assert torch.equal(found.elbo[sticks], well.elbo[sticks])
 
 
 @pytest.mark.parametrize("argument", [{"start": "ridge"}, {"stop_early": "no"}])

@@ -1,6 +1,5 @@
 """The posterior predictive: against closed forms under a linear decoder, its equations, and what bad calls are told."""
 
-import itertools
 import math
 
 import numpy as np
@@ -11,7 +10,7 @@ from rvi_fast import RVI, VAD, VAE, Posterior, reference
 from rvi_fast.likelihoods import Bernoulli, Gaussian
 from rvi_fast.predictive import running_moments, weighted_draws
 
-COLUMNS, LATENTS, ROWS = 9, 3, 12
+COLUMNS, LATENTS, ROWS, DRAWS = 9, 3, 12, 1_000
 SMALL = dict(latent_dim=LATENTS, hidden=(5,), batch_size=16, epochs=3, progress=False)
 
 
@@ -50,7 +49,7 @@ class Exact:
             precision = torch.eye(LATENTS).double() + J.T @ (J / scale[seen, None] ** 2)
             covariance = torch.linalg.inv(precision)
             z = covariance @ J.T @ (error / scale[seen] ** 2)
-            self.z_mean[row], self.z_std[row] = z, precision.diagonal().rsqrt()
+            self.z_mean[row], self.z_std[row] = z, covariance.diagonal().sqrt()
             spread = (weight @ covariance * weight).sum(1)
             self.mean.append(weight @ z + bias)
             self.std.append(spread.sqrt())
@@ -62,61 +61,65 @@ class Exact:
         self.mean, self.std, self.with_noise = (torch.stack(t).numpy() for t in (self.mean, self.std, self.with_noise))
         self.evidence = np.array(self.evidence)
 
-    def mean_field(self):
-        """The best distribution with independent latents: the exact means, and too small standard deviations."""
+    def independent(self):
+        """q with the exact means and standard deviations of z, and without its correlations."""
         unknown = torch.full((len(self.z_mean),), torch.nan)
         return Posterior(self.z_mean, self.z_std, unknown, unknown > 0, torch.arange(len(self.z_mean)))
 
 
 def test_weighted_moments_are_those_of_the_exact_posterior(linear):
-    """An independent q is too narrow in z; its weights give the right spread back."""
+    """Correlations of z, which q lacks, change the spread of x; weights give it back. Five standard errors."""
     model, X, exact = linear
-    q = exact.mean_field()
-    weighted = model.predictive(X, importance_samples=30_000, posterior=q)
-    plain = model.predictive(X, n_samples=30_000, posterior=q)
+    q = exact.independent()
+    weighted = model.predictive(X, importance_samples=DRAWS, posterior=q)
+    plain = model.predictive(X, n_samples=DRAWS, posterior=q)
     np.testing.assert_allclose(plain.at_mean, exact.mean, atol=1e-5)
-    np.testing.assert_allclose(plain.mean, exact.mean, atol=0.03)
-    np.testing.assert_allclose(weighted.mean, exact.mean, atol=0.03)
-    np.testing.assert_allclose(weighted.std, exact.std, rtol=0.05)
-    np.testing.assert_allclose(weighted.std_with_noise, exact.with_noise, rtol=0.05)
-    np.testing.assert_allclose(plain.ess, 30_000)
-    assert (weighted.ess < 30_000 * (1 + 1e-9)).all() and weighted.ess[4] == pytest.approx(30_000)
-    narrow = np.abs(np.log(plain.std / exact.std))
-    assert narrow.max() > 0.1 > np.abs(np.log(weighted.std / exact.std)).max()
+    for found in (plain, weighted):
+        assert (np.abs(found.mean - exact.mean) < 5 * found.std / np.sqrt(found.ess)[:, None]).all()
+    off, by_q = (np.abs(np.log(found.std / exact.std)) for found in (weighted, plain))
+    assert (off < 5 / np.sqrt(2 * weighted.ess)[:, None]).all() and by_q.max() > 0.3 > 2 * off.max()
+    noisy = np.abs(np.log(weighted.std_with_noise / exact.with_noise))
+    assert (noisy < 5 / np.sqrt(2 * weighted.ess)[:, None]).all()
+    np.testing.assert_allclose(plain.ess, DRAWS)
+    assert (weighted.ess < DRAWS * (1 + 1e-9)).all() and weighted.ess[4] == pytest.approx(DRAWS)
 
 
 def test_weights_correct_a_displaced_posterior(linear):
     model, X, exact = linear
-    q = exact.mean_field()
+    q = exact.independent()
     q.mean = q.mean + 0.5 * q.std
-    plain = model.predictive(X, n_samples=20_000, posterior=q)
-    weighted = model.predictive(X, importance_samples=20_000, posterior=q)
-    assert np.abs(weighted.mean - exact.mean).max() < 0.25 * np.abs(plain.mean - exact.mean).max()
+    weighted = model.predictive(X, importance_samples=DRAWS, posterior=q)
+    off = np.abs(model.reconstruct(X, posterior=q) - exact.mean)
+    assert np.abs(weighted.mean - exact.mean).mean() < 0.25 * off.mean()
     holes = np.isnan(X)
-    filled = model.impute(X, importance_samples=20_000, posterior=q)
+    filled = model.impute(X, importance_samples=DRAWS, posterior=q)
     assert np.array_equal(filled[holes], weighted.mean[holes]) and np.array_equal(filled[~holes], X[~holes])
 
 
 def test_the_bound_rises_towards_the_evidence(linear):
     model, X, exact = linear
-    q = exact.mean_field()
-    elbo = model.score(X, posterior=q)
-    bounds = [model.score(X, importance_samples=L, posterior=q) for L in (1, 16, 256, 20_000)]
-    means = [bound.mean() for bound in bounds]
-    assert all(a < b for a, b in itertools.pairwise(means)) and elbo.mean() < means[1]
-    assert bounds[0].dtype == np.float32 and means[-1] < exact.evidence.mean() + 0.02
-    np.testing.assert_allclose(bounds[-1], exact.evidence, atol=0.1)
-    assert all(bound[4] == 0 for bound in bounds), "of a row with nothing observed q is the prior"
+    q = exact.independent()
+    many = Posterior(
+        *(t.repeat(20, *[1] * (t.dim() - 1)) for t in (q.mean, q.std, q.elbo, q.converged)), torch.arange(240)
+    )
+    rows = np.tile(X, (20, 1))
+    means = [model.score(rows, importance_samples=draws, posterior=many).mean() for draws in (1, 8, 64)]
+    assert means == sorted(means) and abs(model.score(rows, posterior=many).mean() - means[0]) < 0.2
+    bound = model.score(X, importance_samples=DRAWS, posterior=q)
+    ess = model.predictive(X, importance_samples=DRAWS, posterior=q).ess
+    error = np.sqrt(np.maximum(0, 1 / ess - 1 / DRAWS))  # standard error of the log of a mean weight
+    assert (np.abs(bound - exact.evidence) < 5 * error + 1e-4).all() and error.max() < 0.1
+    assert bound.dtype == np.float32 and bound[4] == 0, "of a row with nothing observed q is the prior"
 
 
 def test_mean_at_the_mean_and_mean_of_f_differ_where_f_bends():
     model = RVI(**SMALL | {"epochs": 60, "lr": 2e-2}, groups=(4,)).fit(table())
     posterior = model.posterior_
     posterior.std = posterior.std + 1
-    found = model.predictive(table(), n_samples=500, posterior=posterior)
+    found = model.predictive(table(), n_samples=200, posterior=posterior)
     assert np.array_equal(found.at_mean, model.reconstruct())
     assert np.abs(found.mean - found.at_mean).max() > 0.1
-    draws = model.impute(table(), n_samples=500, posterior=posterior)
+    draws = model.impute(table(), n_samples=200, posterior=posterior)
     holes = np.isnan(table())
     np.testing.assert_allclose(draws.mean(0)[holes], found.mean[holes], rtol=1e-6, atol=1e-9)
     np.testing.assert_allclose(draws.std(0)[holes], found.std[holes], rtol=1e-6)
@@ -172,13 +175,13 @@ def test_noisy_draws_have_the_predictive_spread_in_the_users_units():
     X = 1000 * table()
     X[:, 4] = np.where(np.isnan(X[:, 4]), np.nan, 42.5)
     model = RVI(**SMALL, groups=(4,)).fit(X)
-    draws = model.impute(n_samples=2000, noise=True)
-    found, holes = model.predictive(n_samples=2000), np.isnan(X)
+    draws = model.impute(n_samples=400, noise=True)
+    found, holes = model.predictive(n_samples=400), np.isnan(X)
     assert (found.std[:, 4] == 0).all() and (found.std_with_noise[:, 4] == 0).all() and (found.mean[:, 4] == 42.5).all()
     assert (draws[:, ~holes] == X[~holes]).all() and (draws[:, :, 4] == 42.5).all()
     holes[:, 4] = False
     ratio = draws.std(0)[holes] / found.std_with_noise[holes]
-    assert ratio.min() > 0.9 and ratio.max() < 1.1 and abs(ratio.mean() - 1) < 0.01
+    assert ratio.min() > 0.8 and ratio.max() < 1.2 and abs(ratio.mean() - 1) < 0.01
     assert (found.std_with_noise >= found.std).all()
 
 
@@ -187,11 +190,12 @@ def test_draws_do_not_depend_on_how_many_there_are():
     assert np.array_equal(model.impute(n_samples=2, noise=True), model.impute(n_samples=5, noise=True)[:2])
 
 
-def test_a_weight_below_float_range_is_no_nan():
-    """A row further from the data than float32 can square: its draws count alike."""
-    model = VAD(**SMALL, likelihood=Gaussian(1e-12), standardize=False).fit(table())
-    found = model.predictive(1e12 * table(3), importance_samples=4, steps=1)
-    assert np.isfinite(found.mean).all() and np.isfinite(found.ess).all()
+def test_weights_below_the_range_of_floats_are_no_nan():
+    model = VAD(**SMALL, likelihood=Gaussian(0.3)).fit(table()).model_
+    x, mean = torch.full((2, COLUMNS), 1e30), torch.zeros(2, LATENTS)
+    noises = torch.randn(4, 2, LATENTS, generator=torch.Generator().manual_seed(0))
+    found = running_moments(model, weighted_draws(model, x, x > 0, mean, mean + 1, noises), weighted=True)
+    assert all(t.isfinite().all() for t in found) and (found.ess >= 1).all()
 
 
 @pytest.mark.parametrize(

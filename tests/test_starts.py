@@ -2,9 +2,11 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
+from rvi_fast import VAD
 from rvi_fast.likelihoods import Bernoulli, Gaussian
 from rvi_fast.model import RowModel
 from rvi_fast.nn import MeanFieldPosterior, MLPDecoder, RelayPosterior
@@ -91,6 +93,19 @@ def test_columns_in_several_blocks(monkeypatch):
     whole = start_of(model, x, mask)[1]
     monkeypatch.setattr("rvi_fast.starts.COLUMNS_AT_ONCE", 5 * LATENTS**2)
     torch.testing.assert_close(start_of(model, x, mask)[1], whole)
+
+
+def test_rows_are_bounded_by_their_systems(monkeypatch):
+    """T^2 numbers a row: wide latents take few rows at once, and a row's values stay."""
+    X = np.random.default_rng(0).normal(size=(70, 6))
+    model = VAD(latent_dim=3, hidden=(5,), epochs=2, progress=False).fit(X)
+    whole, sizes, there = model.infer(X, steps=2), [], LinearStart.__call__
+    monkeypatch.setattr("rvi_fast.starts.ROWS_AT_ONCE", 5 * 3**2 + 1)
+    monkeypatch.setattr(LinearStart, "__call__", lambda self, p, *row: sizes.append(len(p)) or there(self, p, *row))
+    torch.testing.assert_close(model.infer(X, steps=2).mean, whole.mean, rtol=1e-4, atol=1e-4)
+    assert set(sizes) == {5}
+    monkeypatch.setattr("rvi_fast.starts.ROWS_AT_ONCE", 2)
+    assert LinearStart(model.model_).rows_at_once == 1
 
 
 def test_it_does_not_see_what_holes_hold():
