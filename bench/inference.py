@@ -1,7 +1,7 @@
 """New rows: rows a second, ELBO and error on hidden cells, by start, steps and protocol, beside an encoder.
 
     python -m rvi_fast.bench.inference [--data mnist] [--missing 0.9] [--model paper] [--quick] [-o FOLDER]
-    python -m rvi_fast.bench.inference --errors [--data mnist] [--missing 0.9] [--model paper] [--quick] [-o FOLDER]
+    python -m rvi_fast.bench.inference --errors [--data mnist] [--missing 0.9] [--model paper] [--seed 1] [--quick]
 
 A model is fitted to the first rows of the training images, with holes; then rows of the test images, with holes of
 their own, are given to it. "eager" is the loop that published code runs, a minibatch at a time: autograd and
@@ -145,7 +145,7 @@ def measure(model: Estimator, encoder: Estimator | None, cells: Any, quick: bool
     return lines
 
 
-def fit(model: str, settings: dict[str, Any], X: np.ndarray, mask: np.ndarray, quick: bool, seed: int = 0) -> RVI:
+def fit(model: str, settings: dict[str, Any], X: np.ndarray, mask: np.ndarray, quick: bool, seed: int) -> RVI:
     common: dict[str, Any] = {"seed": seed, "progress": False} | ({"epochs": 2} if quick else {})
     return (RVI.paper if model == "paper" else RVI)(**common | settings).fit(X, mask)
 
@@ -161,21 +161,24 @@ def hidden_error(model: RVI, X: np.ndarray, hidden: np.ndarray) -> float:
     return total / float(hidden.sum())
 
 
-def errors(name: str, train: np.ndarray, observed: np.ndarray, cells: Any, quick: bool) -> list[results.Line]:
+def errors(
+    name: str, train: np.ndarray, observed: np.ndarray, cells: Any, quick: bool, seed: int
+) -> list[results.Line]:
     """A line for each candidate: its error on hidden training cells, and on test rows that of the best alone."""
     candidates = CANDIDATES[name]
     hidden = observed & ~masks.mcar(train.shape, HIDDEN, seed=HIDDEN_SEED)
     found: dict[str, float] = {}
     if len(candidates) > 1:
         for settings, arguments in candidates.items():
-            found[settings] = hidden_error(fit(name, arguments, train, observed & ~hidden, quick), train, hidden)
+            first = fit(name, arguments, train, observed & ~hidden, quick, seed)
+            found[settings] = hidden_error(first, train, hidden)
     best = min(found, key=lambda settings: found[settings]) if found else next(iter(candidates))
-    model = fit(name, candidates[best], train, observed, quick)
+    model = fit(name, candidates[best], train, observed, quick, seed)
     X, mask = cells
     of_test = line(model, best, 250, 1.0, model.infer(X, mask), cells)
     lines: list[results.Line] = []
     for settings in candidates:
-        lines.append({"settings": settings, "seed": model.seed, "hidden_error": found.get(settings)})
+        lines.append({"settings": settings, "seed": seed, "hidden_error": found.get(settings)})
         lines[-1] |= {"hidden_cells": int(hidden.sum()) if found else None}
         if settings == best:
             lines[-1] |= {key: of_test[key] for key in ("missing_error", "observed_error", "elbo", "converged")}
@@ -186,18 +189,16 @@ def errors(name: str, train: np.ndarray, observed: np.ndarray, cells: Any, quick
 
 
 def error_table(lines: Sequence[dict[str, str]]) -> list[str]:
-    """The rows of the docs' table."""
+    """The rows of the docs' table: means over seeds ± their standard deviation, and the settings."""
     rows = []
     for (data_name, missing), ppca in PPCA.items():
-        texts = [data_name, f"{float(missing):.0%}".replace("%", " %"), f"{ppca:.4f}"]
+        texts = [data_name, f"{100 * float(missing):.0f} %", f"{ppca:.4f}"]
         for model in CANDIDATES:
-            (best,) = (
-                found
-                for found in lines
-                if (found["data"], found["missing"], found["model"]) == (data_name, missing, model)
-                and found["missing_error"]
-            )
-            texts.append(f"{float(best['missing_error']):.4f} ({best['settings']})")
+            at = (data_name, missing, model)
+            tested = [of for of in lines if (of["data"], of["missing"], of["model"]) == at and of["missing_error"]]
+            found = np.array([float(of["missing_error"]) for of in tested])
+            spread = f" ± {found.std(ddof=1):.4f}" if len(found) > 1 else ""
+            texts.append(f"{found.mean():.4f}{spread} ({', '.join(dict.fromkeys(of['settings'] for of in tested))})")
         rows.append(f"| {' | '.join(texts)} |")
     return rows
 
@@ -208,6 +209,7 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument("--missing", type=float, default=0.5)
     parser.add_argument("--model", choices=CANDIDATES, default="default", help="chosen: with --errors")
     parser.add_argument("--errors", action="store_true", help="errors alone, of settings chosen on training rows")
+    parser.add_argument("--seed", type=int, default=0, help="of the models; the masks stay")
     parser.add_argument("--quick", action="store_true", help="few rows and epochs: the numbers mean nothing")
     parser.add_argument("-o", "--out", type=Path, metavar="FOLDER")
     arguments = parser.parse_args(given)
@@ -221,14 +223,16 @@ def main(given: list[str] | None = None) -> None:
     about: dict[str, Any] = {"data": arguments.data, "missing": arguments.missing, "model": arguments.model}
     about |= {"rows": len(new), "train_rows": len(train), "device": device}
     if arguments.errors:
-        found = errors(arguments.model, train, observed, cells, quick)
+        found = errors(arguments.model, train, observed, cells, quick, arguments.seed)
         about |= {"state": "dry" if quick else "", "ppca": PPCA.get((arguments.data, str(arguments.missing)))}
         results.merge(folder / "errors.csv", [about | line | results.facts(device) for line in found], ERRORS_KEY)
         print(f"-> {folder / 'errors.csv'}")
         return
-    model = fit(arguments.model, {}, train, observed, quick)
+    model = fit(arguments.model, {}, train, observed, quick, arguments.seed)
     few: dict[str, Any] = {"epochs": 2} if quick else {}
-    encoder = VAE(progress=False, **few).fit(train, observed) if arguments.model == "default" else None
+    encoder = (
+        VAE(seed=arguments.seed, progress=False, **few).fit(train, observed) if arguments.model == "default" else None
+    )
     before = load.ticks()
     lines = measure(model, encoder, cells, quick)
     busy = load.foreign(before, load.ticks())

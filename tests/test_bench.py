@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from rvi_fast import cli
-from rvi_fast.bench import contestants, curves, inference, load, main, race, results, settings
+from rvi_fast.bench import calibration, contestants, curves, inference, load, main, race, results, settings
 from rvi_fast.bench.contestants import APART, DECODER, DENSE, EAGER, ENTRIES, JAX, OURS, Entry
 from rvi_fast.bench.steps import Data, DenseAdamStep, RowAdamStep
+from rvi_fast.predictive import Predictive
 
 CPU = torch.device("cpu")
 
@@ -265,10 +266,15 @@ def test_the_command_line_has_it(capsys):
     assert "no workload is called 'nothing'" in capsys.readouterr().err
 
 
-def test_inference_is_measured(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def images(monkeypatch):
+    """Noise in the place of MNIST."""
     rng = np.random.default_rng(0)
     images = {"train": rng.integers(0, 256, (600, 784), np.uint8), "test": rng.integers(0, 256, (80, 784), np.uint8)}
     monkeypatch.setitem(inference.LOADERS, "mnist", lambda split: (images[split], None))
+
+
+def test_inference_is_measured(tmp_path, images, capsys):
     inference.main(["--data", "mnist", "--quick", "-o", str(tmp_path)])
     lines = results.read(tmp_path / "inference.csv")
     assert {line["way"] for line in lines} == {"default", "prior", "linear", "epochs", "eager", "encoder"}
@@ -276,3 +282,40 @@ def test_inference_is_measured(tmp_path, monkeypatch, capsys):
     of = {(line["way"], line["steps"]): float(line["observed_error"]) for line in lines}
     assert of["eager", "25"] == pytest.approx(of["prior", "25"], rel=0.05)  # other noise, the same descent
     assert all(line["state"] == "dry" for line in lines) and "inference.csv" in capsys.readouterr().out
+
+
+def test_errors_of_test_rows_are_those_of_the_settings_that_hidden_cells_choose(tmp_path, images):
+    inference.main(
+        ["--errors", "--model", "paper", "--data", "mnist", "--missing", "0.9", "--quick", "-o", str(tmp_path)]
+    )
+    lines = results.read(tmp_path / "errors.csv")
+    assert [line["settings"] for line in lines] == list(inference.CANDIDATES["paper"])
+    best, other = sorted(lines, key=lambda line: float(line["hidden_error"]))
+    assert float(best["missing_error"]) > 0 and not other["missing_error"] and best["ppca"] == "0.14"
+    assert int(best["missing_cells"]) == pytest.approx(0.9 * 70 * 784, rel=0.01) and best["steps"] == "250"
+    with pytest.raises(SystemExit):
+        inference.main(["--model", "chosen"])
+
+
+def test_calibration_is_measured(tmp_path, capsys):
+    pytest.importorskip("sklearn")
+    calibration.main(["--data", "wine", "--seeds", "2", "--quick", "-o", str(tmp_path)])
+    lines = results.read(tmp_path / "calibration.csv")
+    assert [(line["seed"], line["weights"]) for line in lines] == [(s, w) for s in "01" for w in calibration.WEIGHTS]
+    for line in lines:
+        assert 0 <= float(line["coverage_50"]) <= float(line["coverage_90"]) <= 1
+        assert float(line["z_coverage_90"]) <= float(line["coverage_90"]) and 1 <= float(line["ess_median"]) <= 10
+    assert capsys.readouterr().out.splitlines() == calibration.table(lines)
+
+
+def test_coverage_counts_hidden_cells_of_columns_that_vary():
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(4000, 3)) * [1, 10, 0]
+    spread = np.broadcast_to([1.0, 10.0, 0.0], X.shape)
+    found = Predictive(0 * X, 0 * X, spread / 1e6, spread, np.full(len(X), 7.0))
+    mask = rng.random(X.shape) < 0.5
+    line = calibration.coverage(found, X, mask, np.array([True, True, False]), np.array([1.0, 10.0, 1.0]))
+    assert line["cells"] == (~mask[:, :2]).sum() and line["ess_median"] == line["ess_tenth"] == 7
+    assert line["coverage_50"] == pytest.approx(0.5, abs=0.02) and line["coverage_90"] == pytest.approx(0.9, abs=0.02)
+    assert line["observed_coverage_90"] == pytest.approx(0.9, abs=0.02) and line["z_coverage_90"] < 1e-3
+    assert line["mse"] == pytest.approx(1, abs=0.05) and line["mse"] == line["mse_at_mean"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rvi_fast.bench import plots, report, results, settings
+from rvi_fast.bench import calibration, inference, plots, report, results, settings
 from rvi_fast.bench.contestants import DECODER, EAGER, ENTRIES, JAX, OURS
 from rvi_fast.bench.main import CURVES_KEY, KEY, QUALITY_KEY
 from rvi_fast.bench.race import _line, conditions
@@ -129,6 +129,16 @@ def test_the_docs_say_what_the_parts_took():
     for part in parts:
         line = f"| {part['part']} | {float(part['equations_us']):.0f} | {float(part['step_us']):.0f} |"
         assert line in docs
+
+
+def test_the_docs_say_how_new_rows_fare():
+    """Coverage of intervals, and errors beside PPCA."""
+    folder = results.HERE / "results" / "cpu"
+    docs = (results.HERE.parent / "docs" / "inference.md").read_text(encoding="utf-8").splitlines()
+    covered = calibration.table(results.read(folder / "calibration.csv"))
+    beside = inference.error_table(results.read(folder / "errors.csv"))
+    assert len(covered) == 2 * (len(calibration.TABLES) + 1) and len(beside) == len(inference.PPCA)
+    assert set(covered + beside) <= set(docs)
 
 
 def test_the_docs_say_how_many_launches_there_are():

@@ -82,7 +82,8 @@ def test_tables_with(need, names_of_tables):
 
 def test_inference(capsys):
     pages.run("docs/inference.md")
-    assert 0 <= float(capsys.readouterr().out) <= 1
+    shares = [float(word) for word in capsys.readouterr().out.split()]
+    assert len(shares) == 2 and all(0 <= share <= 1 for share in shares)
 
 
 def test_performance(capsys):
