@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -196,6 +197,23 @@ def test_weights_below_the_range_of_floats_are_no_nan():
     noises = torch.randn(4, 2, LATENTS, generator=torch.Generator().manual_seed(0))
     found = running_moments(model, weighted_draws(model, x, x > 0, mean, mean + 1, noises), weighted=True)
     assert all(t.isfinite().all() for t in found) and (found.ess >= 1).all()
+
+
+def test_weighted_fillings_of_frames_images_and_into_memory(tmp_path):
+    X = table()
+    model = RVI(**SMALL, groups=(4,)).fit(X)
+    filled = model.impute(importance_samples=5)
+    assert np.array_equal(model.impute(importance_samples=5, out=np.empty_like(X)), filled)
+    frame = pd.DataFrame(X, index=np.arange(len(X)) * 2)
+    of_frame = RVI(**SMALL, groups=(4,)).fit(frame).impute(importance_samples=5)
+    assert isinstance(of_frame, pd.DataFrame) and np.array_equal(of_frame.to_numpy(), filled)
+    model.save(tmp_path)
+    again = RVI.load(tmp_path).predictive(X, importance_samples=5, posterior=model.posterior_)
+    assert np.array_equal(again.mean, model.predictive(importance_samples=5).mean)
+    pixels, mask = np.random.default_rng(0).integers(0, 256, (40, 16), dtype=np.uint8), X[:40, :1] > 0
+    images = RVI(**SMALL, groups=(4,)).fit(pixels, mask | (np.arange(16) % 2 == 0))
+    found = images.predictive(n_samples=20)
+    assert 20 < np.median(found.std_with_noise) < 500, "in the images' own units"
 
 
 @pytest.mark.parametrize(
