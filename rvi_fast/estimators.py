@@ -359,13 +359,14 @@ class Estimator:
     ) -> Posterior:
         """The posterior of new rows: decoder and relays stay as they are, each row fits its own parameters.
 
-        X, mask: as in fit, [M, D]. steps: Adam steps a row, at most. lr: their size at first, which falls to 0 as a
+        X, mask: as in fit, [M, D]. steps: Adam steps of a row's descent. lr: their size at first, which falls to 0 as a
         cosine (default 0.1). protocol: "row", each row by itself; "epochs", as minibatches of dense Adam over all M
         rows, the published way: with the training's row lr and schedule, from "prior", and never early. row_ids: int64
         [M], what the rows' noise is keyed by; default a hash of the row, so that a row's result does not depend on the
         others in the call. start: "linear", the posterior under the decoder's tangent at z = 0 (ridge regression on the
         observed cells), or "prior", the values that training rows start from. stop_early: rows that have converged
-        after 40 % of the steps take no more.
+        after 40 % of the steps take no more, those that have not after all of them start again from the other start,
+        and a row keeps the end with the highest ELBO; False: all steps in one descent.
         """
         data = self._new_rows(X, mask)
         self._check_inference(steps, lr, protocol, start, stop_early)
