@@ -12,6 +12,7 @@ from contextvars import ContextVar
 import torch
 
 CHOICES = ("auto", "torch", "triton")
+LEAST_NUMBA = (0, 62)  # the first whose compiler has but one kind of pointer, as loops/memory.py takes for granted
 KERNELS = frozenset(  # ideas that have a file in kernels/
     {
         "elbo_step",
@@ -88,10 +89,10 @@ def use_numba(device: torch.device) -> bool:
 @functools.cache
 def has_numba() -> bool:
     try:
-        import numba  # noqa: F401  (an installed one may refuse this NumPy)
+        import numba  # an installed one may refuse this NumPy
     except ImportError:
         return False
-    return True
+    return tuple(int(number) for number in numba.__version__.split(".")[:2]) >= LEAST_NUMBA
 
 
 def _lacking(op: str, device: torch.device) -> str | None:

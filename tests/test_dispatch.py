@@ -138,3 +138,10 @@ from rvi_fast import functional
 assert functional.philox_normal(0, "train", 0, torch.arange(2), 3).shape == (2, 3)
 """
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.parametrize(("version", "enough"), [("0.61.2", False), ("0.62.0", True), ("1.0.0rc1", True)])
+def test_an_older_numba_is_none(monkeypatch, version, enough):
+    numba = pytest.importorskip("numba")
+    monkeypatch.setattr(numba, "__version__", version)
+    assert dispatch.has_numba.__wrapped__() == enough
