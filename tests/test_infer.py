@@ -136,7 +136,7 @@ def test_rows_that_have_converged_take_no_more_steps():
 
 
 def fits_of(monkeypatch):
-    """Blocks that are fitted from now on."""
+    """The plan of each fit from now on; how many rows one takes depends on the machine."""
     calls = []
     for cls in (infer.Fits, infer.FusedFits):
 
@@ -155,7 +155,7 @@ def test_rows_that_converge_cost_no_second_descent(monkeypatch):
     assert len(X) > 64
     plans = fits_of(monkeypatch)
     assert model.infer(X).converged.all()
-    assert [plan.steps for plan in plans] == [100] * -(-len(X) // 64)
+    assert {plan.steps for plan in plans} == {100} and len(plans) <= -(-len(X) // 64)
 
 
 @pytest.mark.parametrize("columns, by", [(slice(-10, -5), 40.0), (slice(-5, None), 200.0)])
@@ -176,8 +176,7 @@ def test_rows_that_stick_start_again_from_the_other_side(monkeypatch, columns, b
     assert sticks.sum() > 9 and not (stuck.elbo[sticks] > well.elbo[sticks] - 5).any()
     plans = fits_of(monkeypatch)
     found = model.infer(X, lr=0.03)
-    starts = [plan.start for plan in plans]
-    assert starts[:2] == ["linear", "linear"] and set(starts[2:]) == {None, "prior"}
+    assert {plan.start for plan in plans} == {"linear", None, "prior"}
     assert torch.equal(found.elbo[sticks], well.elbo[sticks])
 
 
