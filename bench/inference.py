@@ -75,7 +75,7 @@ def eager(model: RVI, X: np.ndarray, mask: np.ndarray, steps: int) -> Tensor:
         x = torch.from_numpy(X[part].astype(np.float32)) * float(np.float32(1 / 255))
         seen = torch.from_numpy(mask[part])
         p = torch.nn.Parameter(module.posterior.initial_values(ids[part]))
-        adam = torch.optim.Adam([p], lr=ROW_LR)
+        adam = torch.optim.Adam([p], lr=ROW_LR, betas=plan.hyper[:2])
         for step in range(steps):
             adam.param_groups[0]["lr"] = plan.lr_at(step)
             adam.zero_grad()

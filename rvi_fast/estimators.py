@@ -23,6 +23,7 @@ from .infer import (
     ROW_LR,
     ROW_SCHEDULE,
     STARTS,
+    TRAINING_ADAM,
     InferencePlan,
     Posterior,
     fit_new_rows,
@@ -365,7 +366,7 @@ class Estimator:
         [M], what the rows' noise is keyed by; default a hash of the row, so that a row's result does not depend on the
         others in the call. start: "linear", the posterior under the decoder's tangent at z = 0 (ridge regression on the
         observed cells), or "prior", the values that training rows start from. stop_early: rows that have converged
-        after 40 % of the steps take no more, those that have not after all of them start again from the other start,
+        after 30 % of the steps take no more, those that have not after all of them start again from the other start,
         and a row keeps the end with the highest ELBO; False: all steps in one descent.
         """
         data = self._new_rows(X, mask)
@@ -377,7 +378,8 @@ class Estimator:
             )
         else:
             missed = -(-len(data) // self.batch_size_) - 1
-            plan = InferencePlan(steps, self._row_lr() if lr is None else lr, self.schedule_, self.seed, missed)
+            lr = self._row_lr() if lr is None else lr
+            plan = InferencePlan(steps, lr, self.schedule_, self.seed, missed, hyper=TRAINING_ADAM)
         assert isinstance(self.model_, RowModel)
         return fit_new_rows(self.model_, data, self.units_, ids, plan, self.progress)
 

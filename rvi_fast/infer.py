@@ -36,10 +36,11 @@ ELBO_DRAWS = 8  # samples of z in the ELBO that is reported
 OTHER_DRAWS = range(ELBO_DRAWS + 1, 2 * ELBO_DRAWS + 1)
 CONVERGED = 0.01  # a row has converged if PROBES more steps at the full rate would not raise its ELBO by a larger share
 PROBES = (1, 10)
-FIRST_ROUND = 0.4  # of the steps; only rows that have not converged then take the others, and start again at last,
+FIRST_ROUND = 0.3  # of the steps; only rows that have not converged then take the others, and start again at last,
 LEAST_ROUND = 50  # unless they are fewer than this
 
-HYPER = AdamHyper(0.9, 0.999, 1e-8)
+TRAINING_ADAM = AdamHyper(0.9, 0.999, 1e-8)
+ROW_ADAM = AdamHyper(0.5, 0.999, 1e-8)  # with less momentum a descent gets as far in 60 steps as with 0.9 in 100
 PROTOCOLS = ("row", "epochs")
 STARTS = ("linear", "prior")
 ROW_LR, ROW_SCHEDULE = 0.1, "cosine"  # of protocol "row"; docs/inference.md has the times
@@ -75,7 +76,8 @@ class Posterior:
 class InferencePlan:
     """How new rows are fitted. missed: the steps of the table between two visits of a row (protocol "epochs"). start:
     "linear" (LinearStart), "prior" (the values that training rows start from), or None (where they are). stop_early:
-    whether rows that have converged after the first round take no further steps, and rows that stick start again."""
+    whether rows that have converged after the first round take no further steps, and rows that stick start again.
+    hyper: of the rows' Adam."""
 
     steps: int
     lr: float
@@ -84,6 +86,7 @@ class InferencePlan:
     missed: int = 0
     start: str | None = "prior"
     stop_early: bool = False
+    hyper: AdamHyper = ROW_ADAM
 
     def adam_step(self, visit: int) -> int:
         """Adam's step number of a visit of the row (from 0)."""
@@ -109,64 +112,89 @@ class InferencePlan:
 def fit_new_rows(
     model: RowModel, data: Observations, units: ColumnUnits, row_ids: Tensor, plan: InferencePlan, show_progress: bool
 ) -> Posterior:
-    """Fit the rows of `data` block by block. Each result depends on its row and row id alone.
+    """Fit the rows of `data`, many at a time. Each result depends on its row and row id alone.
 
     row_ids: int64 [M]. A row with nothing observed gets the prior.
     """
     fits: Fits = FusedFits(model, plan.seed) if FusedFits.can_take(model, plan) else Fits(model, plan)
     start = LinearStart(model) if any(of_round.start == "linear" for of_round in plan.rounds()) else None
-    size, workers = fits.rows_together(data.num_columns, len(data))
-    bar = tqdm(total=-(-len(data) // size), delay=BAR_DELAY_S, disable=not show_progress, unit="block", leave=False)
-
-    def fit(block: slice) -> tuple[Tensor, ...]:
-        x, mask = units.to_model(*data.read(block))
-        device = model.decoder.head.weight.device
-        found = _fit(fits, start, plan, *(t.to(device) for t in (row_ids[block], x, mask)))
-        return tuple(t.cpu() for t in found)
-
-    blocks = []
+    weight, latent_dim = model.decoder.head.weight, model.posterior.latent_dim
+    best = Found.none(len(data), model.posterior.table.dim, latent_dim, weight.dtype)
+    bar = tqdm(total=0, delay=BAR_DELAY_S, disable=not show_progress, unit="block", leave=False)
     with bar:
-        for block in map_blocks(fit, len(data), size, workers):
-            blocks.append(block)
-            bar.update()
-    mean, std, elbo, converged, parameters = (torch.cat(parts) for parts in zip(*blocks, strict=True))
-    return Posterior(mean, std, elbo, converged, row_ids, parameters)
+        for of_round in plan.rounds():
+            left = (~best.converged).nonzero()[:, 0]
+            if not len(left):
+                break
+
+            def fit(block: slice, of_round: InferencePlan = of_round, left: Tensor = left) -> tuple[Any, Found]:
+                rows: Any = block if len(left) == len(data) else left[block].numpy()  # files are quick at what adjoins
+                x, mask = units.to_model(*data.read(rows))
+                given = (t.to(weight.device) for t in (best.parameters[rows], row_ids[rows], x, mask))
+                return rows, Found(*(t.cpu() for t in _fit(fits, start, of_round, *given)))
+
+            size, workers = fits.rows_together(data.num_columns, len(left))
+            bar.total += -(-len(left) // size)
+            for rows, found in map_blocks(fit, len(left), size, workers):
+                best.replace(rows, found)
+                bar.update()
+    return Posterior(best.mean, best.std, best.elbo, best.converged, row_ids, best.parameters)
+
+
+class Found(NamedTuple):
+    """What is known of rows."""
+
+    parameters: Tensor  # [M, C]
+    mean: Tensor  # [M, T]
+    std: Tensor  # [M, T]
+    elbo: Tensor  # [M]; NaN of rows that have not been fitted
+    converged: Tensor  # bool [M]
+
+    @classmethod
+    def none(cls, rows: int, width: int, latent_dim: int, dtype: torch.dtype) -> Found:
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=dtype)
+
+        mean, std, elbo = zeros(rows, latent_dim), zeros(rows, latent_dim), zeros(rows) * torch.nan
+        return cls(zeros(rows, width), mean, std, elbo, zeros(rows).bool())
+
+    def replace(self, rows: Any, found: Found) -> None:
+        """Take what was found of rows (slice or indices), where it is better: a second descent may end below the
+        first."""
+        better = (found.elbo > self.elbo[rows]) | self.elbo[rows].isnan()
+        for known, new in zip(self, found, strict=True):
+            at = better.view(-1, *[1] * (new.ndim - 1))
+            known[rows] = torch.where(at, new, known[rows])
 
 
 def _fit(
-    fits: Fits, start: LinearStart | None, plan: InferencePlan, ids: Tensor, x: Tensor, mask: Tensor
-) -> tuple[Tensor, ...]:
-    """Mean, std, ELBO, convergence and parameters of rows in the model's units."""
+    fits: Fits, start: LinearStart | None, plan: InferencePlan, p: Tensor, ids: Tensor, x: Tensor, mask: Tensor
+) -> Found:
+    """Rows in the model's units after a round; p: where an earlier one has left them."""
     posterior = fits.model.posterior
-    prior = posterior.initial_values(ids).to(x.device)
-    empty = ~mask.any(1)
-    p, elbo, converged = prior.clone(), prior.new_full((len(prior),), torch.nan), empty.clone()
-    for of_round in plan.rounds():
-        left = (~converged).nonzero()[:, 0]
-        if not len(left):
-            break
-        rows = ids[left], x[left], mask[left]
-        begin = p[left] if of_round.start is None else prior[left]
-        if of_round.start == "linear":
+    seen = mask.any(1)
+    rows = ids[seen], x[seen], mask[seen]
+    elbo, converged = p.new_zeros(len(p)), ~seen  # the prior is the optimum of empty rows: p = 0
+    p = torch.zeros_like(p) if plan.start is not None else p
+    if seen.any():
+        begin = p[seen] if plan.start is None else posterior.initial_values(rows[0]).to(p)
+        if plan.start == "linear":
             assert start is not None
             at_once = min(fits.parts_of_products.most, start.rows_at_once)
             (begin,) = by_parts(lambda *given: (start(*given),), Parts(at_once, at_once), begin, *rows[1:])
-        found, v, reached = by_parts(functools.partial(fits.fit, of_round), fits.parts_of_fit, begin, *rows)
-        stays = _cannot_gain(fits, of_round, found, v, reached, *rows)
-        better = (reached > elbo[left]) | elbo[left].isnan()  # a second descent may end below the first
-        taken = left[better]
-        p[taken], elbo[taken], converged[taken] = found[better], reached[better], stays[better]
-    p[empty], elbo[empty] = 0, 0  # the prior is their exact optimum: zero mean, unit standard deviation
+        found, v, reached = by_parts(functools.partial(fits.fit, plan), fits.parts_of_fit, begin, *rows)
+        p[seen], elbo[seen] = found, reached
+        converged[seen] = _cannot_gain(fits, plan, found, v, reached, *rows)
     with torch.no_grad():
         (mean,) = by_parts(lambda p: (posterior.mean_of(p),), fits.parts_of_products, p)
-        return mean, posterior.log_std_of(p).exp(), elbo, converged, p
+        return Found(p, mean, posterior.log_std_of(p).exp(), elbo, converged)
 
 
 def _cannot_gain(fits: Fits, plan: InferencePlan, p: Tensor, v: Tensor, elbo: Tensor, *rows: Tensor) -> Tensor:
     """Which rows more steps at the full rate would not improve (a rate gone to 0 proves nothing), bool [B]."""
     (grad,) = by_parts(fits.gradient, fits.parts_of_gradient, p, *rows)
-    bc2 = HYPER.bias_corrections(plan.adam_step(plan.steps - 1))[1].to(v)
-    direction = plan.lr * grad / ((v / bc2).sqrt() + HYPER.eps)
+    bc2 = plan.hyper.bias_corrections(plan.adam_step(plan.steps - 1))[1].to(v)
+    direction = plan.lr * grad / ((v / bc2).sqrt() + plan.hyper.eps)
     gains = []
     for steps in PROBES:
         (there,) = by_parts(fits.elbo, fits.parts_of_fit, p - steps * direction, *rows)
@@ -216,9 +244,9 @@ def clocks_between_visits(plan: InferencePlan, device: torch.device) -> list[Ada
     if plan.missed == 0:
         return None
     clocks = []
-    window = HYPER.window() or 0
+    window = plan.hyper.window() or 0
     for visit in range(plan.steps):
-        clock = AdamClock(HYPER, steps=plan.adam_step(visit), device=device)
+        clock = AdamClock(plan.hyper, steps=plan.adam_step(visit), device=device)
         for _ in range(min(plan.missed, window)):  # momentum is spent after `window` steps
             clock.advance(plan.lr_at(visit))
         clocks.append(clock)
@@ -294,12 +322,15 @@ class FusedFits(Fits):
 
     def fit(self, plan: InferencePlan, p: Tensor, ids: Tensor, x: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
         rates = torch.tensor([plan.lr_at(step) for step in range(plan.steps)], dtype=torch.float64).to(p.device)
-        fitted = fit_rows(p, ids, x, mask, self.weights, self.form, rates, HYPER, seed=self.seed, draws=ELBO_DRAWS)
+        form, hyper = self.form, plan.hyper
+        fitted = fit_rows(p, ids, x, mask, self.weights, form, rates, hyper, seed=self.seed, draws=ELBO_DRAWS)
         return fitted.parameters, fitted.second, fitted.elbo
 
     def elbo(self, p: Tensor, ids: Tensor, x: Tensor, mask: Tensor) -> tuple[Tensor]:
         no_steps = torch.empty(0, dtype=torch.float64, device=p.device)
-        fitted = fit_rows(p, ids, x, mask, self.weights, self.form, no_steps, HYPER, seed=self.seed, draws=ELBO_DRAWS)
+        fitted = fit_rows(
+            p, ids, x, mask, self.weights, self.form, no_steps, ROW_ADAM, seed=self.seed, draws=ELBO_DRAWS
+        )
         return (fitted.elbo,)
 
     def gradient(self, p: Tensor, ids: Tensor, x: Tensor, mask: Tensor) -> tuple[Tensor]:
@@ -328,7 +359,7 @@ def trajectory(
         start = model.posterior.initial_values(ids).to(x.device)
     loss = functools.partial(_loss, model, plan.seed, x, mask, ids)
     rates = [plan.lr_at(step) for step in range(plan.steps)]
-    for fit in reference.fit_rows(start, loss, rates, HYPER, plan.missed, age):
+    for fit in reference.fit_rows(start, loss, rates, plan.hyper, plan.missed, age):
         yield fit.p, fit.v
 
 
@@ -343,4 +374,4 @@ def _loss(
 def _age(p: Tensor, m: Tensor, v: Tensor, clock: AdamClock, missed: int) -> tuple[Tensor, Tensor, Tensor]:
     p_now, m_now, v_now = clock.catch_up(p, m, v, torch.zeros(len(p), dtype=torch.int32, device=p.device))
     beyond = missed - clock.index
-    return p_now, m_now * HYPER.beta1**beyond, v_now * HYPER.beta2**beyond
+    return p_now, m_now * clock.hyper.beta1**beyond, v_now * clock.hyper.beta2**beyond

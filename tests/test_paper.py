@@ -15,7 +15,7 @@ from rvi_fast.bench.paper import experiments, main
 from rvi_fast.bench.paper.claims import Claim, Comparison, claims, epochs_to
 from rvi_fast.bench.paper.fitting import INFERENCE_STEPS, Cells, _inferred, estimator, execute
 from rvi_fast.bench.paper.runs import SIZES, Point, Result, Results, Run, Size
-from rvi_fast.infer import InferencePlan, fit_new_rows
+from rvi_fast.infer import TRAINING_ADAM, InferencePlan, fit_new_rows
 from rvi_fast.observations import Observations
 
 TINY = Size(train_rows=48, test_rows=8, epochs=2, seeds=2)
@@ -57,7 +57,7 @@ def test_inference_is_the_librarys(protocol):
     assert list(found) == list(INFERENCE_STEPS)
     for steps in INFERENCE_STEPS[:2]:
         missed = -(-64 // model.batch_size_) - 1 if protocol == "epochs" else 0
-        plan = InferencePlan(steps, model._row_lr(), model.schedule_, model.seed, missed)
+        plan = InferencePlan(steps, model._row_lr(), model.schedule_, model.seed, missed, hyper=TRAINING_ADAM)
         posterior = fit_new_rows(model.model_, Observations(X), model.units_, torch.arange(64), plan, False)
         np.testing.assert_allclose(found[steps], model.reconstruct(X, posterior=posterior), rtol=1e-5, atol=1e-6)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rvi_fast import RVI, VAD, VAE, data, defaults, masks
 from rvi_fast.estimators import Estimator, RowEstimator
-from rvi_fast.infer import InferencePlan, clocks_between_visits, trajectory
+from rvi_fast.infer import TRAINING_ADAM, InferencePlan, clocks_between_visits, trajectory
 from rvi_fast.likelihoods import Gaussian
 from rvi_fast.model import EncoderModel, RowModel
 
@@ -173,7 +173,7 @@ def _inferred(model: RowEstimator, x: Tensor, mask: Tensor, protocol: str) -> li
     network = model.model_
     assert isinstance(network, RowModel)
     missed = -(-len(x) // model.batch_size_) - 1 if protocol == "epochs" else 0
-    plan = InferencePlan(max(INFERENCE_STEPS), model._row_lr(), model.schedule_, model.seed, missed)
+    plan = InferencePlan(max(INFERENCE_STEPS), model._row_lr(), model.schedule_, model.seed, missed, hyper=TRAINING_ADAM)
     clocks = clocks_between_visits(plan, x.device)
     steps = trajectory(network, x, mask, torch.arange(len(x)), plan, clocks)
     found = []
