@@ -173,7 +173,8 @@ def _inferred(model: RowEstimator, x: Tensor, mask: Tensor, protocol: str) -> li
     network = model.model_
     assert isinstance(network, RowModel)
     missed = -(-len(x) // model.batch_size_) - 1 if protocol == "epochs" else 0
-    plan = InferencePlan(max(INFERENCE_STEPS), model._row_lr(), model.schedule_, model.seed, missed, hyper=TRAINING_ADAM)
+    lr = model._row_lr()
+    plan = InferencePlan(max(INFERENCE_STEPS), lr, model.schedule_, model.seed, missed, hyper=TRAINING_ADAM)
     clocks = clocks_between_visits(plan, x.device)
     steps = trajectory(network, x, mask, torch.arange(len(x)), plan, clocks)
     found = []
