@@ -36,8 +36,8 @@ ELBO_DRAWS = 8  # samples of z in the ELBO that is reported
 OTHER_DRAWS = range(ELBO_DRAWS + 1, 2 * ELBO_DRAWS + 1)
 CONVERGED = 0.01  # a row has converged if PROBES more steps at the full rate would not raise its ELBO by a larger share
 PROBES = (1, 10)
-FIRST_ROUND = 0.3  # of the steps; only rows that have not converged then take the others, and start again at last,
-LEAST_ROUND = 50  # unless they are fewer than this
+FIRST_ROUND = 0.25  # of the steps; only rows that have not converged then take the others, and start again at last,
+LEAST_ROUND = 40  # unless they are fewer than this
 
 TRAINING_ADAM = AdamHyper(0.9, 0.999, 1e-8)
 ROW_ADAM = AdamHyper(0.5, 0.999, 1e-8)  # with less momentum a descent gets as far in 60 steps as with 0.9 in 100

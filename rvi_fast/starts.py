@@ -29,6 +29,10 @@ class LinearStart:
         self.at_origin, self.slope = _tangent(model.decoder, model.posterior.latent_dim)
         self.precision = self._precision(model.likelihood)
         columns, latent_dim = self.slope.shape
+        self.upper = torch.triu_indices(latent_dim, latent_dim, device=self.slope.device)
+        numbers = torch.arange(self.upper.shape[1], device=self.slope.device)
+        self.place = numbers.new_empty(latent_dim, latent_dim)  # in the triangle, of each entry of the whole
+        self.place[*self.upper] = self.place.T[*self.upper] = numbers
         spans = torch.arange(columns).split(max(1, COLUMNS_AT_ONCE // latent_dim**2))
         self.spans = [slice(int(span[0]), int(span[-1]) + 1) for span in spans]
         self.rows_at_once = max(1, ROWS_AT_ONCE // latent_dim**2)
@@ -45,9 +49,9 @@ class LinearStart:
 
     @torch.no_grad()
     def _outer(self, span: slice) -> Tensor:
-        """w_d J_d J_d^T of columns d, [d, T * T]."""
-        slope = self.slope[span]
-        return (slope[:, :, None] * (self.precision[span, None] * slope)[:, None, :]).flatten(1)
+        """The upper triangle of w_d J_d J_d^T of columns d, [d, T (T + 1) / 2]."""
+        slope, (i, j) = self.slope[span], self.upper
+        return slope[:, i] * (self.precision[span, None] * slope)[:, j]
 
     @torch.no_grad()
     def __call__(self, p: Tensor, x: Tensor, mask: Tensor) -> Tensor:
@@ -59,10 +63,10 @@ class LinearStart:
         posterior, kl_weight = self.model.posterior, max(self.model.kl_weight, LEAST_WEIGHT)
         latent_dim = posterior.latent_dim
         seen = mask.to(p.dtype)
-        precision = p.new_zeros(len(p), latent_dim * latent_dim)
+        upper = p.new_zeros(len(p), self.upper.shape[1])
         for span in self.spans:
-            precision += seen[:, span] @ (self._outer(span) if self.outer is None else self.outer)
-        precision = precision.view(-1, latent_dim, latent_dim)
+            upper += seen[:, span] @ (self._outer(span) if self.outer is None else self.outer)
+        precision = upper[:, self.place.flatten()].view(-1, latent_dim, latent_dim)
         precision.diagonal(dim1=1, dim2=2).add_(kl_weight)
         error = self.model.likelihood.mean(self.at_origin) - x
         pull = torch.where(mask, error, 0.0)

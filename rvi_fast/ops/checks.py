@@ -44,9 +44,10 @@ def _check_range(low: int, high: int, num_rows: int, name: str) -> None:
 
 def check_distinct_rows(rows: Tensor, num_rows: int) -> None:
     """The rows of a step must lie in the table and not repeat; looked at on the CPU only."""
-    if not values_at_hand(rows) or rows.dtype != torch.int64:
+    at_hand = values_at_hand(rows)
+    if not at_hand or rows.dtype != torch.int64:
         check_rows(rows, num_rows)
-    if not values_at_hand(rows):
+    if not at_hand:
         return
     ascending = np.sort(rows.numpy())  # torch.unique takes several times as long
     _check_range(int(ascending[0]), int(ascending[-1]), num_rows, "rows")

@@ -39,6 +39,8 @@ class Arrays(Rows):
         super().__init__(batch, width, relays, model)
         self.decoder = Decoder(batch, layers, model)
         self.apart, self.in_order = np.empty(batch, bool), np.arange(batch)
+        self.by_last_bias = self.by_layers[2 * len(model.hidden) + 1].numpy()
+        self.fixed_scale = np.full(columns, model.scale, self.kl.dtype)
         self.squares, self.count = np.empty(columns), np.empty(columns)
 
 
@@ -59,11 +61,11 @@ def step(table: RowState, batch: Batch, shared: SharedState, model: ElboModel, k
             f"history has room for {clock.history.shape[1] - 1} steps, all taken; call make_room(steps) of the ElboStep"
         )
 
-    at, now = (table.values, table.last, rows), (a.p, a.m, a.v)
+    at, now = (table.values, table.last, rows), a.moving()
     read_rows(*at, clock, now, a.apart)
     nll, kl = _losses_and_gradients(table, batch, rows, model, a)
     lr, weight_decay = table.rates.tolist()
-    step_rows(*at, now, a.grad, clock, lr, weight_decay)
+    step_rows(*at, now, a.arrays.grad, clock, lr, weight_decay)
     advance(clock, lr, weight_decay)
     table.noise_step.add_(1)
     _step_shared(shared, a)
@@ -94,13 +96,12 @@ def _loss(batch: Batch, rows: Tensor, model: ElboModel, a: Arrays) -> float:
     if x.dtype not in (a.p.dtype, torch.uint8):
         x, mask, at = x[at].to(a.p.dtype), None if mask is None else mask[at], a.in_order
     cells = x.numpy(), batch.x_scale, None if mask is None else mask.view(torch.uint8).numpy(), at
-    logits, at_once = a.decoder.xhat, threads.available()
-    xhat, by_bias, share = logits.numpy(), a.by_layers[2 * len(model.hidden) + 1].numpy(), 1 / len(rows)
+    xhat, by_bias, share, at_once = a.decoder.xhat_array, a.by_last_bias, 1 / len(rows), threads.available()
     if model.likelihood == "bernoulli":
-        softplus, sigmoid = torch.nn.functional.softplus(logits).numpy(), torch.sigmoid(logits).numpy()
+        softplus, sigmoid = a.decoder.softplus_and_sigmoid()
         return likelihood.bernoulli(at_once, xhat, softplus, sigmoid, *cells, share, by_bias)
     if a.log_scale is None:
-        scale = np.full(xhat.shape[1], model.scale, xhat.dtype)
+        scale = a.fixed_scale
         likelihood.gaussian(at_once, xhat, *cells, 1 / scale, share / scale, a.squares, a.count, by_bias)
         return 0.5 * a.squares.sum() + a.count.sum() * (math.log(model.scale) + HALF_LOG_2PI)
     exponent = torch.exp(2 * a.log_scale)
@@ -118,7 +119,7 @@ def _step_shared(shared: SharedState, a: Arrays) -> None:
     shared.steps.add_(1)
     beta1, beta2, _, _, eps = shared.constants.tolist()
     hyper, number = AdamHyper(beta1, beta2, eps), int(shared.steps[0])
-    weights, grad = shared.weights.numpy(), a.shared_grad.numpy()
+    weights, grad = shared.weights.numpy(), a.arrays.shared_grad
     spans = slice(shared.second), slice(shared.second, None)
     for span, (lr, weight_decay) in zip(spans, shared.rates.tolist(), strict=True):
         factors = adam_factors(number, lr, weight_decay, hyper)

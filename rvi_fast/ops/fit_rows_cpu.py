@@ -24,7 +24,7 @@ class BlockProducts:
     """rows_cpu.Product, a block at a time, by weights that stay as they are."""
 
     def __init__(self) -> None:
-        self.packed: dict[tuple, np.ndarray] = {}
+        self.weights: dict[tuple, tuple[np.ndarray, bool, np.ndarray]] = {}
 
     def __call__(self, a: Tensor, b: Tensor, out: Tensor, start: Tensor | None = None) -> Tensor:
         from ..loops import products
@@ -34,23 +34,25 @@ class BlockProducts:
         else:
             out.copy_(start)
         if products.HAS_BLAS:
-            transposed = b.stride(1) != 1
-            weight = (b.T if transposed else b).numpy()
-            products.multiply(BLOCK, a.numpy(), weight, transposed, self._packed(weight, transposed), out.numpy())
+            key = b.data_ptr(), b.shape, b.stride()
+            if key not in self.weights:
+                self.weights[key] = self._packed(b)
+            products.multiply(BLOCK, a.numpy(), *self.weights[key], out.numpy())
         else:
             for part, rows in zip(out.split(BLOCK), a.split(BLOCK), strict=True):
                 part.addmm_(rows, b)
         return out
 
-    def _packed(self, weight: np.ndarray, transposed: bool) -> np.ndarray:
-        """In the order that BLAS reads it in, which it would otherwise make for every block."""
+    @staticmethod
+    def _packed(b: Tensor) -> tuple[np.ndarray, bool, np.ndarray]:
+        """b or b.T, which of them, and it in the order that BLAS reads it in, which it would otherwise make for every
+        block."""
         from ..loops import products
 
-        key = weight.ctypes.data, weight.shape, transposed
-        if key not in self.packed:
-            packs = products.HAS_PACKING and weight.size and weight.dtype == np.float32
-            self.packed[key] = products.pack(BLOCK, weight, transposed) if packs else np.empty(0, weight.dtype)
-        return self.packed[key]
+        transposed = b.stride(1) != 1
+        weight = (b.T if transposed else b).numpy()
+        packs = products.HAS_PACKING and weight.size and weight.dtype == np.float32
+        return weight, transposed, products.pack(BLOCK, weight, transposed) if packs else np.empty(0, weight.dtype)
 
 
 class Blocks(Rows):
@@ -85,12 +87,12 @@ class Blocks(Rows):
 
         self.sample(self.seed, "infer", step, self.row_ids, draw)
         self.decoder.decode(self.z)
-        xhat = self.decoder.xhat
+        xhat = self.decoder.xhat_array
         if self.model.likelihood == "bernoulli":
-            softplus, sigmoid = torch.nn.functional.softplus(xhat).numpy(), torch.sigmoid(xhat).numpy()
-            likelihood.bernoulli_rows(xhat.numpy(), softplus, sigmoid, self.cells, self.observed, self.nll)
+            softplus, sigmoid = self.decoder.softplus_and_sigmoid()
+            likelihood.bernoulli_rows(xhat, softplus, sigmoid, self.cells, self.observed, self.nll)
         else:
-            likelihood.gaussian_rows(xhat.numpy(), self.cells, self.observed, self.inverse_scale, self.nll)
+            likelihood.gaussian_rows(xhat, self.cells, self.observed, self.inverse_scale, self.nll)
 
     def descend(self, step: int, lr: float, hyper: AdamHyper) -> None:
         """Step number `step`, from 0, of Adam on each row's own loss."""
@@ -98,7 +100,7 @@ class Blocks(Rows):
 
         self.losses(step)
         self.gradient(self.decoder.gradient(), self.model.kl_weight)
-        moving = (a.reshape(-1) for a in (*self.moving(), self.grad.numpy()))
+        moving = (a.reshape(-1) for a in (*self.moving(), self.arrays.grad))
         adam.step_all(threads.available(), *moving, adam_factors(step + 1, lr, 0.0, hyper))
 
     def elbo(self, draws: int) -> np.ndarray:

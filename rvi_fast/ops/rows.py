@@ -46,9 +46,10 @@ def _use_loops(values: Tensor, rows: Tensor, columns: Sequence[Columns]) -> bool
     return rows.dtype == torch.int64 and len(rows) > 0 and int(rows.min()) >= 0 and int(rows.max()) < len(values)
 
 
-def _read_by_loops(values: Tensor, last: Tensor, rows: Tensor, clock: AdamClock) -> tuple[Tensor, ...]:
-    now = values.new_empty(3, len(rows), values.shape[2]).unbind(0)
-    read_by_loops(values, last, rows, clock, now, np.empty(len(rows), bool))
+def _read_by_loops(values: Tensor, last: Tensor, rows: Tensor, clock: AdamClock) -> Tensor:
+    """p, m and v [3, B, C]."""
+    now = values.new_empty(3, len(rows), values.shape[2])
+    read_by_loops(values, last, rows, clock, tuple(now.numpy()), np.empty(len(rows), bool))
     return now
 
 
@@ -71,7 +72,7 @@ def read_rows(
         closed_form = [column.clock.closed_form for column in columns]
         return _read_rows(values, last, rows, *_tensors(columns), closed_form, moments).unbind(0)
     if _use_loops(values, rows, columns):
-        now = _read_by_loops(values, last, rows.contiguous(), cast(AdamClock, columns[0].clock))
+        now = _read_by_loops(values, last, rows.contiguous(), cast(AdamClock, columns[0].clock)).unbind(0)
         return now if moments else now[:1]
     return _read_rows_twin(values, last, rows, columns)[: 3 if moments else 1]
 
@@ -191,7 +192,8 @@ def row_adam_(
     if _use_loops(values, rows, columns):
         clock, at = cast(AdamClock, columns[0].clock), (values, last, rows.contiguous())
         clock.reserve(1)
-        step_by_loops(*at, _read_by_loops(*at, clock), grad.detach().contiguous(), clock, numbers[0][0], numbers[1][0])
+        now, by_row = tuple(_read_by_loops(*at, clock).numpy()), grad.detach().contiguous().numpy()
+        step_by_loops(*at, now, by_row, clock, numbers[0][0], numbers[1][0])
         advance(clock, numbers[0][0], numbers[1][0])
         return
     _row_adam_twin(values, last, rows, grad, columns, *numbers)

@@ -13,7 +13,7 @@ from ..clock import EPS_MEETS_GRADIENT, AdamClock
 
 
 def read_rows(
-    values: Tensor, last: Tensor, rows: Tensor, clock: AdamClock, now: Sequence[Tensor], apart: np.ndarray
+    values: Tensor, last: Tensor, rows: Tensor, clock: AdamClock, now: Sequence[np.ndarray], apart: np.ndarray
 ) -> None:
     """p, m and v [B, C] of rows into `now`, brought up to date (reference.catch_up); apart: bool [B], to work in."""
     from ..loops import adam, threads
@@ -23,28 +23,28 @@ def read_rows(
         adam.read_rows(
             threads.available(), values.flatten(1).numpy(), rows.numpy(), last.numpy(),
             clock.history.numpy(), clock.index, *hyper.logs(), hyper.eps, least, clock.inexact_before,
-            EPS_MEETS_GRADIENT, *(t.numpy() for t in now), apart,
+            EPS_MEETS_GRADIENT, *now, apart,
         )  # fmt: skip
     else:
         apart[:] = True
     if apart.any():
-        left = torch.from_numpy(apart.nonzero()[0])
+        left = apart.nonzero()[0]
         at = rows[left]
         p, m, v = values[at].unbind(1)
         for to, caught_up in zip(now, clock.catch_up(p, m, v, last[at]), strict=True):
-            to[left] = caught_up
+            to[left] = caught_up.numpy()
 
 
 def step_rows(
-    values: Tensor, last: Tensor, rows: Tensor, now: Sequence[Tensor], grad: Tensor, clock: AdamClock, lr: float,
-    weight_decay: float,
+    values: Tensor, last: Tensor, rows: Tensor, now: Sequence[np.ndarray], grad: np.ndarray, clock: AdamClock,
+    lr: float, weight_decay: float,
 ) -> None:  # fmt: skip
     """Adam's step of the rows, of which `now` holds p, m and v [B, C], by grad [B, C], into the table."""
     from ..loops import adam, threads
 
     factors = adam_factors(clock.steps + 1, lr, weight_decay, clock.hyper)
     at = values.flatten(1).numpy(), last.numpy(), rows.numpy()
-    adam.step_rows(threads.available(), *at, *(t.numpy() for t in now), grad.numpy(), factors, clock.index + 1)
+    adam.step_rows(threads.available(), *at, *now, grad, factors, clock.index + 1)
     for written in (values, last):
         torch.autograd.graph.increment_version(written)  # of which NumPy knows nothing
 
