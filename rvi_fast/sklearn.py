@@ -13,7 +13,6 @@ import torch
 
 from . import arguments
 from .estimators import RVI
-from .functional import philox_normal
 
 try:
     from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, OneToOneFeatureMixin, TransformerMixin
@@ -29,7 +28,6 @@ except ImportError as error:
 __all__ = ["RVIEmbedding", "RVIImputer"]
 
 MEMBERS, SMALL_TABLE = 3, 1 << 17  # as many RVIs fill a table of up to so many cells
-COLUMNS_A_DRAW = 1 << 14  # as many normals as one row has at one step of the keyed noise
 
 
 class _RVITransformer(TransformerMixin, BaseEstimator):
@@ -301,22 +299,12 @@ class RVIImputer(OneToOneFeatureMixin, _RVITransformer):
                 mean = mean + rvi.impute(holed, posterior=posterior) / len(self.members_)
                 continue
             own = fillings[first :: len(self.members_)]
-            draws = rvi.impute(holed, posterior=posterior, n_samples=len(own))
-            for number, (filling, draw) in enumerate(zip(own, draws, strict=True)):
-                filling[rows] = draw + self._noise(rvi, posterior.row_ids, number)
+            draws = rvi.impute(holed, posterior=posterior, n_samples=len(own), noise=True)
+            for filling, draw in zip(own, draws, strict=True):
+                filling[rows] = draw
         if n_samples is None:
             fillings[0][rows] = mean
         return fillings
-
-    def _noise(self, rvi: RVI, row_ids: torch.Tensor, draw: int) -> np.ndarray:
-        """The noise of rvi's likelihood, float64 [M, kept columns]; none in columns that never varied."""
-        width = len(self._low)
-        parts = [
-            philox_normal(rvi.seed, "impute", 1 + number, row_ids, min(COLUMNS_A_DRAW, width - start), draw=draw)
-            for number, start in enumerate(range(0, width, COLUMNS_A_DRAW))  # step 0 drew z
-        ]
-        noise = torch.cat([part.cpu() for part in parts], dim=1).double().numpy()
-        return noise * np.where(self._low < self._high, rvi.scale_, 0.0)
 
     def _finish(self, values: np.ndarray, filling: np.ndarray) -> np.ndarray:
         """The returned columns: observed cells as in values, filled ones clipped and rounded on request."""
