@@ -20,6 +20,7 @@ from .likelihoods import Bernoulli, Gaussian
 from .model import RowModel
 from .nn import MLPDecoder, RelayPosterior
 from .observations import ColumnUnits, Observations
+from .ops import fit_rows_cpu
 from .ops.fit_rows import fit_rows, row_gradients, unsupported
 from .reference import AdamHyper
 from .starts import LinearStart
@@ -28,7 +29,7 @@ from .train.trainer import BAR_DELAY_S
 
 BLOCK = 64  # rows fitted together, always exactly so many: a row's bits do not depend on the call it came in
 BLOCKS_AT_ONCE = 16  # of which the rows that have not converged are put together again
-BLOCKS_OF_LOOPS = 8  # that the CPU's loops step together, each in products of its own: a call costs as much for one
+ROWS_OF_LOOPS = 512  # that the CPU's loops step together at most: a call costs nearly as much for a few
 CELLS_OF_LAUNCH, ROWS_OF_LAUNCH = 1 << 26, 1 << 17  # at most, where a kernel fits rows, which share nothing there
 LAUNCHES_AT_ONCE = 2  # one is read while the other is fitted
 ROWS_OF_PRODUCTS = 1 << 12  # that PyTorch's products see together then, always exactly so many
@@ -302,7 +303,7 @@ class FusedFits(Fits):
             self.parts_of_fit = Parts(ROWS_OF_LAUNCH, 1)
             self.parts_of_products = self.parts_of_gradient = Parts(ROWS_OF_PRODUCTS, ROWS_OF_PRODUCTS)
         else:
-            self.parts_of_fit = self.parts_of_gradient = Parts(BLOCKS_OF_LOOPS * BLOCK, BLOCK)
+            self.parts_of_fit = self.parts_of_gradient = Parts(ROWS_OF_LOOPS, fit_rows_cpu.BLOCK)
 
     @staticmethod
     def can_take(model: RowModel, plan: InferencePlan) -> bool:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .elbo import ElboModel
 
 
-BLOCK = 64  # rows that a product takes at a time, so that a row's bits do not depend on the others
+BLOCK = 32  # rows that a product takes at a time, so that a row's bits do not depend on the others
 
 
 class BlockProducts:
