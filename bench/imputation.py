@@ -11,7 +11,7 @@ all rows' observed cells and fills these rows (RVI by their own trained posterio
 the rows, it fills the other 20 %; empty where a method cannot. RVI appears twice: as RVIImputer fills, by the mean of
 its members, and by the first member alone. kNN and IterativeImputer see z-scored columns; trees are
 IterativeImputer with ExtraTrees, for tables of up to 20 columns. A method without a result has no line. The file is
-replaced as a whole after every table and rate.
+replaced as a whole after every table and rate, and docs/tables.md has the rows of `docs_table`.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ TREES, TREE_ROUNDS, TREE_COLUMNS = 30, 5, 20  # wider tables would take hours
 TABLES = ("digits", "breast_cancer", "wine", "diabetes", "iris")
 RATES = (0.3, 0.5, 0.7)
 METHODS = ("column means", "kNN", "IterativeImputer", "trees", "low-rank EM", "RVI", "RVI, one member")
+COMPARED = METHODS[1:-1]  # in the docs
 KEY = ("data", "rate", "mask", "method")
 
 Filled = np.ndarray | None
@@ -144,6 +145,22 @@ def summary(found: Sequence[Result]) -> str:
         fresh = _mean_and_error([r.new_rows_mse for r in new], [r.new_rows_seconds for r in new]) if new else ["-"] * 3
         lines.append([name, str(rate), method, *known, *fresh])
     return results.table(lines)
+
+
+def docs_table(lines: Sequence[dict[str, str]], column: str) -> list[str]:
+    """The rows of a table in the docs, all rates in a cell: means over masks, or medians of seconds."""
+    rows = []
+    for name in TABLES:
+        texts = [name.replace("_", " ")]
+        for method in COMPARED:
+            at = [line for line in lines if (line["data"], line["method"]) == (name, method) and line[column]]
+            found = [[float(line[column]) for line in at if float(line["rate"]) == rate] for rate in RATES]
+            numbers = [
+                f"{np.median(each):.1f}" if "seconds" in column else f"{np.mean(each):.3f}" for each in found if each
+            ]
+            texts.append(" / ".join(numbers) or "-")
+        rows.append(f"| {' | '.join(texts)} |")
+    return rows
 
 
 def _mean_and_error(errors: Sequence[Any], seconds: Sequence[Any]) -> list[str]:

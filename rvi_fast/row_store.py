@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from . import ops
+from . import large_pages, ops
 from .clock import AdamClock, Clock, LazyClock
 from .ops import Columns
 from .reference import AdamHyper
@@ -61,7 +61,7 @@ class RowStore:
         self.names = tuple(widths)
         stops = torch.tensor(list(widths.values())).cumsum(0).tolist()
         self.slices = tuple(slice(stop - width, stop) for stop, width in zip(stops, widths.values(), strict=True))
-        self.values = torch.zeros(num_rows, 3 if moments else 1, stops[-1], dtype=dtype, device=device)
+        self.values = large_pages.zeros((num_rows, 3 if moments else 1, stops[-1]), dtype, device)
         self.last = torch.zeros(num_rows, dtype=torch.int32, device=device)
         self.step = torch.zeros((), dtype=torch.int64, device=device)  # steps of this table, on its device
         self.steps = [0] * len(widths)  # Adam's step count of each range, at the last flush
@@ -224,7 +224,7 @@ class RowStore:
 
     def _make_room_for_moments(self) -> None:
         if self.values.shape[1] == 1:
-            values = self.values.new_zeros(self.num_rows, 3, self.dim)
+            values = large_pages.zeros((self.num_rows, 3, self.dim), self.values.dtype, self.values.device)
             values[:, 0] = self.values[:, 0]
             self._replace(values)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rvi_fast.bench import calibration, inference, plots, report, results, settings
+from rvi_fast.bench import calibration, imputation, inference, plots, report, results, settings
 from rvi_fast.bench.contestants import DECODER, EAGER, ENTRIES, JAX, OURS
 from rvi_fast.bench.main import CURVES_KEY, KEY, QUALITY_KEY
 from rvi_fast.bench.race import _line, conditions
@@ -132,13 +132,21 @@ def test_the_docs_say_what_the_parts_took():
 
 
 def test_the_docs_say_how_new_rows_fare():
-    """Coverage of intervals, and errors beside PPCA."""
+    """Rows a second, coverage of intervals, and errors beside PPCA."""
     folder = results.HERE / "results" / "cpu"
     docs = (results.HERE.parent / "docs" / "inference.md").read_text(encoding="utf-8").splitlines()
     covered = calibration.table(results.read(folder / "calibration.csv"))
     beside = inference.error_table(results.read(folder / "errors.csv"))
-    assert len(covered) == 2 * (len(calibration.TABLES) + 1) and len(beside) == len(inference.PPCA)
-    assert set(covered + beside) <= set(docs)
+    speeds = inference.table(results.read(folder / "inference.csv"))
+    assert len(covered) == 2 * (len(calibration.TABLES) + 1) and len(beside) == len(inference.PPCA) and len(speeds) > 9
+    assert set(covered + beside + speeds) <= set(docs)
+
+
+def test_the_docs_say_how_holes_are_filled():
+    lines = results.read(results.HERE / "results" / "cpu" / "imputation.csv")
+    docs = (results.HERE.parent / "docs" / "tables.md").read_text(encoding="utf-8").splitlines()
+    for column in ("mse", "new_rows_mse", "seconds"):
+        assert set(imputation.docs_table(lines, column)) <= set(docs)
 
 
 def test_the_docs_say_how_many_launches_there_are():

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from rvi_fast import large_pages
 from rvi_fast.nn import RowTable
 from rvi_fast.optim import RowAdam
 
@@ -339,3 +343,17 @@ def test_training_compiled_equals_eager(fresh_compiler):
         return table.weight.detach()
 
     torch.testing.assert_close(train(lambda f: torch.compile(f, backend="aot_eager")), train(lambda f: f))
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="the system has no large pages")
+def test_a_large_table_asks_for_large_pages():
+    table = RowTable(300_000, 8)
+    first = table.store.values.data_ptr() + table.store.values.nbytes // 2
+    flags, inside = [], False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(found[1], 16) <= first < int(found[2], 16)
+        elif inside and line.startswith("VmFlags"):
+            flags = line.split()
+    assert "hg" in flags
+    assert not large_pages.zeros((300_000, 8), torch.float32, torch.device("cpu")).any()
