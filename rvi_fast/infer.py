@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from . import dispatch, reference
 from .clock import AdamClock
 from .elbo_step import form_of, shared_parameters
-from .likelihoods import Bernoulli, Gaussian
+from .likelihoods import Bernoulli, Gaussian, Likelihood
 from .model import RowModel
 from .nn import MLPDecoder, RelayPosterior
 from .observations import ColumnUnits, Observations
@@ -27,8 +27,8 @@ from .starts import LinearStart
 from .train.plan import SCHEDULES
 from .train.trainer import BAR_DELAY_S
 
-BLOCK = 64  # rows fitted together, always exactly so many: a row's bits do not depend on the call it came in
-BLOCKS_AT_ONCE = 16  # of which the rows that have not converged are put together again
+BLOCK = 64  # rows that PyTorch fits together, always exactly so many: a row's bits do not depend on their call
+BLOCKS_AT_ONCE = 16  # that a thread takes at most
 ROWS_OF_LOOPS = 512  # that the CPU's loops step together at most: a call costs nearly as much for a few
 CELLS_OF_LAUNCH, ROWS_OF_LAUNCH = 1 << 26, 1 << 17  # at most, where a kernel fits rows, which share nothing there
 LAUNCHES_AT_ONCE = 2  # one is read while the other is fitted
@@ -37,6 +37,7 @@ ELBO_DRAWS = 8  # samples of z in the ELBO that is reported
 OTHER_DRAWS = range(ELBO_DRAWS + 1, 2 * ELBO_DRAWS + 1)
 CONVERGED = 0.01  # a row has converged if PROBES more steps at the full rate would not raise its ELBO by a larger share
 PROBES = (1, 10)
+IMPROBABLE = 4.5  # nats a cell beyond the least: of a Gaussian, off by three scales in the root mean square
 FIRST_ROUND = 0.25  # of the steps; only rows that have not converged then take the others, and start again at last,
 LEAST_ROUND = 40  # unless they are fewer than this
 
@@ -97,8 +98,8 @@ class InferencePlan:
         return self.lr * SCHEDULES[self.schedule](step / self.steps)
 
     def rounds(self) -> list[InferencePlan]:
-        """A first descent for all rows; then, for those that have not converged by then, a second one from where they
-        are, and for those that still have not, all steps again from the other start."""
+        """A first descent for all rows; then, for those that have not converged by then or are improbable, a second one
+        from where they are, and for those that still are, all steps again from the other start."""
         first = round(FIRST_ROUND * self.steps)
         if not self.stop_early or min(first, self.steps - first) < LEAST_ROUND:
             return [self]
@@ -124,7 +125,7 @@ def fit_new_rows(
     bar = tqdm(total=0, delay=BAR_DELAY_S, disable=not show_progress, unit="block", leave=False)
     with bar:
         for of_round in plan.rounds():
-            left = (~best.converged).nonzero()[:, 0]
+            left = best.left.nonzero()[:, 0]
             if not len(left):
                 break
 
@@ -150,6 +151,7 @@ class Found(NamedTuple):
     std: Tensor  # [M, T]
     elbo: Tensor  # [M]; NaN of rows that have not been fitted
     converged: Tensor  # bool [M]
+    left: Tensor  # bool [M]: whether another round may end better
 
     @classmethod
     def none(cls, rows: int, width: int, latent_dim: int, dtype: torch.dtype) -> Found:
@@ -157,7 +159,7 @@ class Found(NamedTuple):
             return torch.zeros(shape, dtype=dtype)
 
         mean, std, elbo = zeros(rows, latent_dim), zeros(rows, latent_dim), zeros(rows) * torch.nan
-        return cls(zeros(rows, width), mean, std, elbo, zeros(rows).bool())
+        return cls(zeros(rows, width), mean, std, elbo, zeros(rows).bool(), ~zeros(rows).bool())
 
     def replace(self, rows: Any, found: Found) -> None:
         """Take what was found of rows (slice or indices), where it is better: a second descent may end below the
@@ -175,8 +177,8 @@ def _fit(
     posterior = fits.model.posterior
     seen = mask.any(1)
     rows = ids[seen], x[seen], mask[seen]
-    elbo, converged = p.new_zeros(len(p)), ~seen  # the prior is the optimum of empty rows: p = 0
-    p = torch.zeros_like(p) if plan.start is not None else p
+    elbo, converged, left = p.new_zeros(len(p)), ~seen, seen.clone()  # the prior is the optimum of empty rows: p = 0
+    p = p.clone() if plan.start is None else torch.zeros_like(p)  # the caller's is what is known so far
     if seen.any():
         begin = p[seen] if plan.start is None else posterior.initial_values(rows[0]).to(p)
         if plan.start == "linear":
@@ -185,10 +187,11 @@ def _fit(
             (begin,) = by_parts(lambda *given: (start(*given),), Parts(at_once, at_once), begin, *rows[1:])
         found, v, reached = by_parts(functools.partial(fits.fit, plan), fits.parts_of_fit, begin, *rows)
         p[seen], elbo[seen] = found, reached
-        converged[seen] = _cannot_gain(fits, plan, found, v, reached, *rows)
+        converged[seen] = stays = _cannot_gain(fits, plan, found, v, reached, *rows)
+        left[seen] = ~stays | _improbable(fits.model.likelihood, reached, *rows[1:])
     with torch.no_grad():
         (mean,) = by_parts(lambda p: (posterior.mean_of(p),), fits.parts_of_products, p)
-        return Found(p, mean, posterior.log_std_of(p).exp(), elbo, converged)
+        return Found(p, mean, posterior.log_std_of(p).exp(), elbo, converged, left)
 
 
 def _cannot_gain(fits: Fits, plan: InferencePlan, p: Tensor, v: Tensor, elbo: Tensor, *rows: Tensor) -> Tensor:
@@ -201,6 +204,12 @@ def _cannot_gain(fits: Fits, plan: InferencePlan, p: Tensor, v: Tensor, elbo: Te
         (there,) = by_parts(fits.elbo, fits.parts_of_fit, p - steps * direction, *rows)
         gains.append(there - elbo)
     return torch.stack(gains).amax(0) <= CONVERGED * (1 + elbo.abs())
+
+
+def _improbable(likelihood: Likelihood, elbo: Tensor, x: Tensor, mask: Tensor) -> Tensor:
+    """Rows that may have converged in a bad place, bool [B]: a cell costs them far more nats than it need."""
+    least = likelihood.nll(x, x, mask) if isinstance(likelihood, Gaussian) else 0.0
+    return -elbo - least > IMPROBABLE * mask.sum(1)
 
 
 def by_parts(function: Callable[..., tuple[Tensor, ...]], parts: Parts, *rows: Tensor) -> tuple[Tensor, ...]:
@@ -328,7 +337,7 @@ class FusedFits(Fits):
         return fitted.parameters, fitted.second, fitted.elbo
 
     def elbo(self, p: Tensor, ids: Tensor, x: Tensor, mask: Tensor) -> tuple[Tensor]:
-        no_steps = torch.empty(0, dtype=torch.float64, device=p.device)
+        no_steps = torch.empty(0, dtype=torch.float64, device=p.device)  # so that no hyper matters
         fitted = fit_rows(
             p, ids, x, mask, self.weights, self.form, no_steps, ROW_ADAM, seed=self.seed, draws=ELBO_DRAWS
         )

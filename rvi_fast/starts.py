@@ -9,7 +9,7 @@ from .likelihoods import Bernoulli, Gaussian, Likelihood
 from .model import RowModel
 from .nn import MLPDecoder
 
-COLUMNS_AT_ONCE = 1 << 22  # numbers, T^2 each, of a block of columns' outer products; a model with no more keeps them
+COLUMNS_AT_ONCE = 1 << 22  # numbers of a block of columns' outer products; a model with no more keeps them
 ROWS_AT_ONCE = 1 << 24  # of the rows' systems, T^2 each: 64 MiB in float32, and as much for their factors
 LEAST_WEIGHT = 1e-6  # of the prior, without which latents that nothing observes have no variance
 
@@ -31,9 +31,10 @@ class LinearStart:
         columns, latent_dim = self.slope.shape
         self.upper = torch.triu_indices(latent_dim, latent_dim, device=self.slope.device)
         numbers = torch.arange(self.upper.shape[1], device=self.slope.device)
-        self.place = numbers.new_empty(latent_dim, latent_dim)  # in the triangle, of each entry of the whole
-        self.place[*self.upper] = self.place.T[*self.upper] = numbers
-        spans = torch.arange(columns).split(max(1, COLUMNS_AT_ONCE // latent_dim**2))
+        place = numbers.new_empty(latent_dim, latent_dim)
+        place[*self.upper] = place.T[*self.upper] = numbers
+        self.place = place.flatten()  # in the triangle, of each entry of the whole
+        spans = torch.arange(columns).split(max(1, COLUMNS_AT_ONCE // self.upper.shape[1]))
         self.spans = [slice(int(span[0]), int(span[-1]) + 1) for span in spans]
         self.rows_at_once = max(1, ROWS_AT_ONCE // latent_dim**2)
         self.outer = self._outer(self.spans[0]) if len(self.spans) == 1 else None  # else it would fill the memory
@@ -66,7 +67,8 @@ class LinearStart:
         upper = p.new_zeros(len(p), self.upper.shape[1])
         for span in self.spans:
             upper += seen[:, span] @ (self._outer(span) if self.outer is None else self.outer)
-        precision = upper[:, self.place.flatten()].view(-1, latent_dim, latent_dim)
+        precision = upper[:, self.place].view(-1, latent_dim, latent_dim)
+        del upper  # half as large as what follows
         precision.diagonal(dim1=1, dim2=2).add_(kl_weight)
         error = self.model.likelihood.mean(self.at_origin) - x
         pull = torch.where(mask, error, 0.0)
