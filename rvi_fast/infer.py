@@ -123,21 +123,21 @@ def fit_new_rows(
     weight, latent_dim = model.decoder.head.weight, model.posterior.latent_dim
     best = Found.none(len(data), model.posterior.table.dim, latent_dim, weight.dtype)
     bar = tqdm(total=0, delay=BAR_DELAY_S, disable=not show_progress, unit="block", leave=False)
+
+    def fit(of_round: InferencePlan, left: Tensor, block: slice) -> tuple[Any, Found]:
+        rows: Any = block if len(left) == len(data) else left[block].numpy()  # files are quick at what adjoins
+        x, mask = units.to_model(*data.read(rows))
+        given = (t.to(weight.device) for t in (best.parameters[rows], row_ids[rows], x, mask))
+        return rows, Found(*(t.cpu() for t in _fit(fits, start, of_round, *given)))
+
     with bar:
         for of_round in plan.rounds():
             left = best.left.nonzero()[:, 0]
             if not len(left):
                 break
-
-            def fit(block: slice, of_round: InferencePlan = of_round, left: Tensor = left) -> tuple[Any, Found]:
-                rows: Any = block if len(left) == len(data) else left[block].numpy()  # files are quick at what adjoins
-                x, mask = units.to_model(*data.read(rows))
-                given = (t.to(weight.device) for t in (best.parameters[rows], row_ids[rows], x, mask))
-                return rows, Found(*(t.cpu() for t in _fit(fits, start, of_round, *given)))
-
             size, workers = fits.rows_together(data.num_columns, len(left))
             bar.total += -(-len(left) // size)
-            for rows, found in map_blocks(fit, len(left), size, workers):
+            for rows, found in map_blocks(functools.partial(fit, of_round, left), len(left), size, workers):
                 best.replace(rows, found)
                 bar.update()
     return Posterior(best.mean, best.std, best.elbo, best.converged, row_ids, best.parameters)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from . import arguments
+from .defaults import FILLING_KL_WEIGHT, FILLING_WEIGHT_DECAY
 from .estimators import RVI
 
 try:
@@ -114,9 +115,9 @@ class RVIImputer(OneToOneFeatureMixin, _RVITransformer):
     missing_values: what marks a hole: NaN, or a number (then NaN is an error). members: how many RVIs, alike but for
     their seed, are fitted; holes get the mean of their fillings. "auto": 3 for tables of up to 131,072 cells, where
     what one decoder learns is much chance, else 1; the time is as many times one RVI's. n_components: latent dimension.
-    kl_weight: below 1, where a row's few observed cells say more against the prior; on hidden training cells most
-    tables were filled better by it (docs/tables.md), but score is no bound then, and draws vary less. hidden, groups,
-    active, lr, row_lr, weight_decay, batch_size, epochs, device: as in rvi_fast.RVI.
+    kl_weight, weight_decay: 0.7 and 0.2, by which hidden training cells of most tables were filled better than by RVI's
+    own (docs/tables.md); below a kl_weight of 1 score is no bound, and draws vary less. hidden, groups, active, lr,
+    row_lr, batch_size, epochs, device: as in rvi_fast.RVI.
     max_steps: an upper bound of the training steps. infer_steps: Adam steps a row in transform. transductive:
     fit_transform takes the rows' own posteriors from training (faster) instead of fitting them anew as
     fit(X).transform(X) does. sample_posterior: fill with one draw of p(missing | observed) under rvi_ instead of the
@@ -151,10 +152,10 @@ class RVIImputer(OneToOneFeatureMixin, _RVITransformer):
         hidden: Sequence[int] | str = "auto",
         groups: Sequence[int] = (25, 50, 100),
         active: int | float | Sequence[int | float] = 0.5,
-        kl_weight: float = 0.7,
+        kl_weight: float = FILLING_KL_WEIGHT,
         lr: float | str = "auto",
         row_lr: float | None = None,
-        weight_decay: float | str = "auto",
+        weight_decay: float | str = FILLING_WEIGHT_DECAY,
         batch_size: int | str = "auto",
         epochs: int | str = "auto",
         max_steps: int | None = None,
