@@ -159,7 +159,8 @@ class Found(NamedTuple):
             return torch.zeros(shape, dtype=dtype)
 
         mean, std, elbo = zeros(rows, latent_dim), zeros(rows, latent_dim), zeros(rows) * torch.nan
-        return cls(zeros(rows, width), mean, std, elbo, zeros(rows).bool(), ~zeros(rows).bool())
+        converged = zeros(rows).bool()
+        return cls(zeros(rows, width), mean, std, elbo, converged, left=~converged)
 
     def replace(self, rows: Any, found: Found) -> None:
         """Take what was found of rows (slice or indices), where it is better: a second descent may end below the
