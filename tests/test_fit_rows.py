@@ -9,9 +9,11 @@ import pytest
 import torch
 from conftest import INTERPRETED
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import rvi_fast
-from rvi_fast import RVI, VAD, infer
+from rvi_fast import RVI, VAD, data, infer, masks
+from rvi_fast.elbo_step import form_of, shared_parameters
 from rvi_fast.ops import fit_rows as ops
 from rvi_fast.ops.elbo import ElboModel
 from rvi_fast.ops.fit_rows import FittedRows, fit_rows
@@ -153,6 +155,41 @@ def test_narrow_products_stay_near(device):
         found = fitted(given, model, device, torch.float32, steps=3, precision=precision)
         assert (found.parameters - truth.parameters).abs().mean() < allowed
         assert (found.elbo - truth.elbo).abs().max() < allowed * (1 + truth.elbo.abs().max())
+
+
+class NarrowProducts(TorchDispatchMode):
+    """Factors rounded to bfloat16 and their products summed in float32, as the kernel has it with this precision."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.mm.default:
+            args = tuple(factor.bfloat16().float() for factor in args)
+        return function(*args, **kwargs or {})
+
+
+def test_narrow_products_end_with_the_same_elbo(device):
+    """250 steps of new rows: by the kernel on a GPU, elsewhere by the equations with its rounding."""
+    if INTERPRETED:
+        pytest.skip("too many steps for the interpreter, which has no bfloat16 products")
+    X = data.digits()[0]
+    observed = masks.mcar(X.shape, 0.5, seed=0)
+    model = RVI(epochs=20, device=device, progress=False).fit(X[:1000], mask=observed[:1000])
+    x, mask = (torch.from_numpy(cells[1000:1128]).to(device) for cells in (X, observed))
+    weights = torch.cat([parameter.detach().reshape(-1) for parameter in shared_parameters(model.model_)])
+    plan = infer.InferencePlan(250, 0.1, "cosine", 0)
+    rates = torch.tensor([plan.lr_at(step) for step in range(plan.steps)], dtype=torch.float64, device=device)
+    row_ids = torch.arange(len(x), device=device)
+    start = model.model_.posterior.initial_values(row_ids).to(device)
+
+    def fitted_elbo(precision: str) -> Tensor:
+        model_form = form_of(model.model_)
+        given = start, row_ids, x, mask, weights, model_form, rates, plan.hyper
+        return fit_rows(*given, seed=0, draws=8, precision=precision).elbo.mean()
+
+    wide = fitted_elbo("float32")
+    with NarrowProducts():
+        narrow = fitted_elbo("bfloat16")
+    assert narrow != wide
+    assert (narrow - wide).abs() < 1e-3 * wide.abs()
 
 
 @pytest.fixture
