@@ -193,7 +193,9 @@ def _of_lists(X: Any, name: str) -> np.ndarray:
 
 def _check_matrix(shape: tuple[int, ...], dtype: np.dtype, name: str) -> None:
     if dtype.kind not in "biuf" or dtype.itemsize > 8:
-        raise TypeError(f"{name} must hold bool, integer or float numbers of at most 64 bits; got dtype {dtype}")
+        remedy = "; np.asarray(X, dtype=float) reads what are numbers, and None as NaN" if dtype.kind == "O" else ""
+        found = f"{dtype}{remedy}"
+        raise TypeError(f"{name} must hold bool, integer or float numbers of at most 64 bits; got dtype {found}")
     if len(shape) != 2:
         raise ValueError(f"{name} must have shape [N, D]; got {list(shape)}; use reshape(len(X), -1)")
     if 0 in shape:
@@ -232,7 +234,7 @@ def _as_mask(mask: Any, values: np.ndarray | BlockReader) -> np.ndarray | BlockR
 
 def _check_mask(shape: tuple[int, ...], dtype: np.dtype, values: np.ndarray | BlockReader) -> None:
     if dtype != np.dtype(bool):
-        raise TypeError(f"mask must be bool, True = observed; got dtype {dtype}")
+        raise TypeError(f"mask must be bool, True = observed; got dtype {dtype}; use mask.astype(bool)")
     if shape != values.shape:
         raise ValueError(f"mask must have X's shape {list(values.shape)}; got {list(shape)}")
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
-from collections.abc import Iterator
+import signal
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -37,3 +40,11 @@ def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
     """Runs a test once with each backend in force, on a device that this backend runs on."""
     with rvi_fast.backend(request.param):
         yield torch.device("cuda" if request.param == "triton" and not INTERPRETED else "cpu")
+
+
+@pytest.fixture
+def set_ctrl_c() -> Iterator[Callable[[Any], Any]]:
+    """Sets what Ctrl-C does; afterwards it does what it did before, which in a script's background job is nothing."""
+    before = signal.getsignal(signal.SIGINT)
+    yield functools.partial(signal.signal, signal.SIGINT)
+    signal.signal(signal.SIGINT, before)

@@ -326,7 +326,8 @@ def test_tables_without_numbers_and_bad_cells_are_one_sentence(tmp_path, capsys)
         assert [path.name for path in tmp_path.iterdir()] == ["in.csv"]
 
 
-def test_fit_and_impute_stop_at_ctrl_c(cancer, tmp_path, monkeypatch, capsys):
+def test_fit_and_impute_stop_at_ctrl_c(cancer, tmp_path, monkeypatch, capsys, set_ctrl_c):
+    set_ctrl_c(signal.default_int_handler)
     step = Trainer.step
 
     def interrupted_step(*batch):

@@ -198,6 +198,7 @@ BAD_FITS = {
     "three axes": (lambda X: (X[None],), ValueError, r"X must have shape \[N, D\]; got \[1, 50, 6\]"),
     "no rows": (lambda X: (X[:0],), ValueError, "at least one row"),
     "complex": (lambda X: (X.astype(complex),), TypeError, "X must hold bool, integer or float numbers"),
+    "None": (lambda X: ([[1.0, None], [2.0, 3.0]],), TypeError, r"dtype object; np.asarray\(X, dtype=float\) reads"),
     "text": (lambda X: (X.astype(str),), TypeError, "X must hold bool, integer or float numbers"),
     "text column": (lambda X: (pd.DataFrame(X).astype({2: str}),), TypeError, "column 2 has dtype"),
     "ragged": (lambda X: ([[1.0, 2.0], [3.0]],), ValueError, "X must be rectangular"),
@@ -501,7 +502,14 @@ def test_hidden_cells_do_not_reach_training():
     assert np.array_equal(HiddenCells(data, 0.25, seed=0).read(np.array([5, 2])), hidden[[5, 2]])
 
 
-def test_ctrl_c_leaves_a_usable_model():
+def test_ctrl_c_that_is_ignored_stays_so(set_ctrl_c):
+    set_ctrl_c(signal.SIG_IGN)
+    model = fitted(RVI, SMALL | RELAYS, callbacks=[lambda *_: signal.raise_signal(signal.SIGINT)])
+    assert model.stopped_ == "completed" and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
+def test_ctrl_c_leaves_a_usable_model(set_ctrl_c):
+    set_ctrl_c(signal.default_int_handler)
     model = RVI(**{**SMALL, **RELAYS, "epochs": 100_000})
     timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
     timer.start()

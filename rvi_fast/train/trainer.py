@@ -308,9 +308,12 @@ def _keeps_denormals() -> bool:
 
 @contextlib.contextmanager
 def _interrupt_flag() -> Iterator[threading.Event]:
-    """Turn the first Ctrl-C into a flag, so that no step is cut in two; the second one interrupts at once."""
-    flag = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
+    """Turn the first Ctrl-C into a flag, so that no step is cut in two; the second one interrupts at once.
+
+    Where it is ignored, as by jobs that a script starts in the background, or handled by no Python, it stays so.
+    """
+    flag, previous = threading.Event(), signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or previous in (signal.SIG_IGN, None):
         yield flag
         return
 
@@ -318,7 +321,7 @@ def _interrupt_flag() -> Iterator[threading.Event]:
         flag.set()
         signal.signal(signal.SIGINT, previous)
 
-    previous = signal.signal(signal.SIGINT, on_interrupt)
+    signal.signal(signal.SIGINT, on_interrupt)
     try:
         yield flag
     finally:
