@@ -34,6 +34,8 @@ class Observations:
         self.names = [str(c) for c in X.columns] if hasattr(X, "columns") else None
         self.values = _as_matrix(X, "X")
         self.mask = None if mask is None else _as_mask(mask, self.values)
+        if _is_frame(X) and _is_frame(mask):
+            _check_labels(X, mask)
 
     def __len__(self) -> int:
         return self.values.shape[0]
@@ -202,7 +204,19 @@ def _check_matrix(shape: tuple[int, ...], dtype: np.dtype, name: str) -> None:
         raise ValueError(f"{name} must have at least one row and one column; got shape {list(shape)}")
 
 
+def _check_labels(X: Any, mask: Any) -> None:
+    """Cells are matched by place, so that labels in another order would go to other cells."""
+    for axis in ("columns", "index"):
+        if list(getattr(mask, axis, ())) != list(getattr(X, axis, ())):
+            raise ValueError(
+                f"mask's {axis} must be X's, in the same order; give mask.loc[X.index, X.columns], or mask.to_numpy() "
+                "if it goes by place"
+            )
+
+
 def _check_frame(X: Any) -> None:
+    if not hasattr(X, "iloc"):
+        raise TypeError(f"X must be a dense array, tensor or pandas DataFrame; got {type(X)}; use X.to_numpy()")
     for column, dtype in zip(X.columns, X.dtypes, strict=True):
         if getattr(dtype, "kind", "O") not in "biuf":
             raise TypeError(f"X's column {column!r} has dtype {dtype}; drop it, or encode it as numbers first")

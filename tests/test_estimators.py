@@ -208,6 +208,16 @@ BAD_FITS = {
     "sparse": (lambda X: (torch.from_numpy(X).to_sparse(),), TypeError, "tensor of layout torch.sparse_coo"),
     "huge integers": (lambda X: (np.full(X.shape, 2**60 + 1),), ValueError, "integers beyond 2"),
     "mask of ints": (lambda X: (X, np.isnan(X).astype(int)), TypeError, "mask must be bool"),
+    "mask with columns in another order": (
+        lambda X: (pd.DataFrame(X, columns=list("abcdef")), pd.DataFrame(~np.isnan(X), columns=list("fedcba"))),
+        ValueError,
+        r"mask's columns must be X's, in the same order; give mask.loc\[X.index, X.columns\]",
+    ),
+    "mask with rows in another order": (
+        lambda X: (pd.DataFrame(X), pd.DataFrame(~np.isnan(X)).iloc[::-1]),
+        ValueError,
+        "mask's index must be X's",
+    ),
     "mask of another shape": (lambda X: (X, ~np.isnan(X)[:4]), ValueError, r"mask must have X's shape \[50, 6\]"),
 }
 
