@@ -338,7 +338,7 @@ def test_operator_is_registered_properly(device):
     utilities = (
         ("test_schema", "test_faketensor") if rvi_fast.get_backend() == "triton" else ("test_autograd_registration",)
     )
-    torch.library.opcheck(torch.ops.rvi_fast.elbo_step_.default, arguments, test_utils=utilities)
+    library.opcheck(torch.ops.rvi_fast.elbo_step_.default, arguments, test_utils=utilities)
 
 
 def test_offsets_pass_31_bits(device):

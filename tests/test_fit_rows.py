@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import INTERPRETED
-from torch import Tensor
+from torch import Tensor, library
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rvi_fast
@@ -259,7 +259,7 @@ def test_operator_is_registered_properly(device):
     utilities = (
         ("test_schema", "test_faketensor") if rvi_fast.get_backend() == "triton" else ("test_autograd_registration",)
     )
-    torch.library.opcheck(torch.ops.rvi_fast.fit_rows.default, arguments, test_utils=utilities)
+    library.opcheck(torch.ops.rvi_fast.fit_rows.default, arguments, test_utils=utilities)
 
 
 WRONG = [
