@@ -23,7 +23,7 @@ import torch
 from rvi_fast import reference
 from rvi_fast.clock import EPS_MEETS_GRADIENT, AdamClock
 from rvi_fast.loops import adam, likelihood, relays
-from rvi_fast.ops import elbo_cpu, rows_cpu, table_cpu
+from rvi_fast.ops import elbo_cpu, table_cpu
 from rvi_fast.ops.elbo import ElboModel, SharedState
 from rvi_fast.reference import AdamHyper
 
@@ -66,7 +66,7 @@ def _of_rows(a: elbo_cpu.Arrays, rows: torch.Tensor, normal: Callable[..., torch
     def read() -> None:
         at, before, of_exact = rows.numpy(), last.numpy(), (clock_too.inexact_before, EPS_MEETS_GRADIENT)
         scalars = STEPS, *HYPER.logs(), HYPER.eps, reference.least_root(values.dtype)
-        adam.read_rows(1, flat, at, before, clock_too.history.numpy(), *scalars, *of_exact, *a.moving(), a.apart)
+        adam.read_rows(1, flat, at, before, clock_too.history.numpy(), *scalars, *of_exact, *a.moving, a.apart)
 
     def equations_read() -> None:
         p, m, v = values[rows].unbind(1)
@@ -81,7 +81,7 @@ def _of_rows(a: elbo_cpu.Arrays, rows: torch.Tensor, normal: Callable[..., torch
         (
             "Adam's step of rows, scattered",
             equations_step,
-            lambda: adam.step_rows(1, flat, last.numpy(), rows.numpy(), *a.moving(), grad.numpy(), factors, STEPS),
+            lambda: adam.step_rows(1, flat, last.numpy(), rows.numpy(), *a.moving, grad.numpy(), factors, STEPS),
         ),
         ("the clock's step", lambda: clock.advance(LR), lambda: table_cpu.advance(clock_too, LR, 0.0)),
     ]
@@ -90,11 +90,12 @@ def _of_rows(a: elbo_cpu.Arrays, rows: torch.Tensor, normal: Callable[..., torch
 def _of_cells(
     a: elbo_cpu.Arrays, rows: torch.Tensor, normal: Callable[..., torch.Tensor], model: ElboModel
 ) -> list[Part]:
-    a.p.copy_(normal(BATCH, WIDTH))
+    p = torch.from_numpy(a.arrays.p).copy_(normal(BATCH, WIDTH))
     x, mask, xhat = normal(ROWS, COLUMNS), normal(ROWS, COLUMNS) > 0, normal(BATCH, COLUMNS)
-    factor, by_bias = np.full(COLUMNS, 1 / SCALE, np.float32), a.by_layers[-1].numpy()
+    factor = np.full(COLUMNS, 1 / SCALE, np.float32)
     cells = x.numpy(), 1.0, mask.view(torch.uint8).numpy(), rows.numpy()
-    coef, weight = rows_cpu.bits_of(a.p), rows_cpu.bits_of(a.weight)
+    everyone, of_groups = (0, 0, BATCH), (a.arrays.groups, a.arrays.active, a.arrays.guesses)
+    sums = a.squares, a.count, a.by_last_bias
     leaf = xhat.clone().requires_grad_()
 
     def equations_loss() -> None:
@@ -105,18 +106,18 @@ def _of_cells(
     return [
         (
             "selection",
-            lambda: reference.selected(a.p[:, : sum(GROUPS)], GROUPS, ACTIVE),
-            lambda: relays.select(1, coef, a.groups, a.active, a.guesses, weight, a.kept),
+            lambda: reference.selected(p[:, : sum(GROUPS)], GROUPS, ACTIVE),
+            lambda: relays.select(everyone, a.arrays.p_bits, *of_groups, a.arrays.weight_bits, a.arrays.kept),
         ),
         (
             "noise",
             lambda: reference.philox_normal(0, "train", 7, rows, LATENTS),
-            lambda: a._box_muller(0, "train", 7, rows, 0),
+            lambda: a.draw(0, "train", 7, rows, 0),
         ),
         (
             "cells gathered, loss and gradient",
             equations_loss,
-            lambda: likelihood.gaussian(1, xhat.numpy(), *cells, factor, factor, a.squares, a.count, by_bias),
+            lambda: likelihood.gaussian(1, xhat.numpy(), *cells, factor, factor, *sums),
         ),
     ]
 

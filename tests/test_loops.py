@@ -9,13 +9,20 @@ from rvi_fast.clock import EPS_MEETS_GRADIENT, AdamClock
 from rvi_fast.reference import AdamHyper
 
 pytest.importorskip("numba", reason="the loops are compiled by numba")
-from rvi_fast.loops import adam, likelihood, philox, products, relays
+from rvi_fast.loops import adam, decoder, exponential, likelihood, philox, products, relays
+from rvi_fast.loops import rows as of_rows
 from rvi_fast.loops import threads as of_loops
 from rvi_fast.loops.jit import compiled
-from rvi_fast.ops import fit_rows_cpu
-from rvi_fast.ops.rows_cpu import bits_of
+from rvi_fast.ops import elbo, rows_cpu
+from rvi_fast.ops.elbo import ElboModel
+from rvi_fast.ops.table_cpu import adam_factors
 
 HYPER = AdamHyper(0.9, 0.999, 1e-8)
+
+
+def bits_of(values):
+    """As integers of the same size, in the same memory."""
+    return values.numpy().view(f"i{values.itemsize}")
 
 
 @pytest.fixture(params=[1, 3])
@@ -92,7 +99,7 @@ def test_noise_has_the_bits_of_the_equations(dim, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("kind", ["normal", "ties", "zeros", "scales", "nan"])
-def test_selection_is_that_of_the_equations(threads, dtype, kind):
+def test_selection_is_that_of_the_equations(dtype, kind):
     generator = torch.Generator().manual_seed(0)
     for groups, active in [((1,), (1,)), ((25, 50, 100), (13, 25, 50)), ((3, 70), (3, 1)), ((1000,), (999,))]:
         coef = torch.randn(64, sum(groups), generator=generator, dtype=dtype)
@@ -112,7 +119,8 @@ def test_selection_is_that_of_the_equations(threads, dtype, kind):
         for guesses in (np.zeros((64, len(groups)), np.int64), wild):
             for _ in range(2):  # the second time from what was found
                 sizes = np.array(groups), np.array(active)
-                relays.select(threads, bits_of(coef), *sizes, guesses, bits_of(weight), kept)
+                for number, (begin, end) in enumerate([(0, 25), (25, 25), (25, 64)]):
+                    relays.select((number, begin, end), bits_of(coef), *sizes, guesses, bits_of(weight), kept)
                 assert np.array_equal(kept, -expected.numpy().astype(kept.dtype))
                 assert np.array_equal(weight.numpy(), torch.where(expected, coef, 0.0).numpy(), equal_nan=True)
 
@@ -256,35 +264,153 @@ def test_gradients_of_the_sample_are_those_of_the_equations():
     assert np.array_equal(found[:, :2], np.where(kept, grad[:, :2], 0)) and np.array_equal(found[:, 2:], grad[:, 2:])
 
 
-@pytest.mark.parametrize("by", ["packed", "blas", "torch"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 7, 3), (3, 1, 70), (70, 5, 1), (4, 0, 6)])
-def test_products_by_blocks(monkeypatch, by, dtype, sizes):
-    has = {"packed": products.HAS_PACKING and dtype == torch.float32, "blas": products.HAS_BLAS, "torch": True}
-    if not has[by]:
+@pytest.fixture(params=["packed", "blas", "loops"])
+def way(request):
+    """Of making products."""
+    if (request.param == "packed" and not products.HAS_PACKING) or (request.param == "blas" and not products.HAS_BLAS):
         pytest.skip("PyTorch's BLAS cannot be called here")
-    monkeypatch.setattr(products, "HAS_BLAS", by != "torch")
-    monkeypatch.setattr(products, "HAS_PACKING", by == "packed")
-    product = fit_rows_cpu.BlockProducts()
-    generator, (inner, columns, beside) = torch.Generator().manual_seed(0), sizes
-    rows = 2 * fit_rows_cpu.BLOCK + 5
+    return request.param
+
+
+def packed_for(way, block, b, transposed):
+    if way != "packed" or b.dtype != np.float32 or not b.size:
+        return np.empty(0, b.dtype)
+    room = torch.empty(products.packed_size(block, b, transposed)).numpy()
+    products.pack(block, b, transposed, room)
+    return room
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 7, 3), (3, 1, 70), (70, 5, 1), (4, 0, 6), (0, 5, 2)])
+@pytest.mark.parametrize("block", [0, 32])
+def test_products(way, dtype, sizes, block):
+    generator, (inner, columns, beside), rows = torch.Generator().manual_seed(0), sizes, 69
 
     def normal(*shape):
         return torch.randn(shape, generator=generator, dtype=dtype)
 
     a, weight, start = normal(rows, inner + beside)[:, beside:], normal(columns, inner), normal(rows, columns)
-    for b in (weight.T, weight.T.contiguous()):
-        for begin in (None, start, start[0]):
-            out = torch.full((rows, columns + beside), torch.nan, dtype=dtype)
-            product(a, b, out[:, :columns], begin)
-            expected = a @ b + (0 if begin is None else begin)
-            torch.testing.assert_close(out[:, :columns], expected, rtol=1e-5, atol=1e-5)
-            assert out[:, columns:].isnan().all()
+    for transposed, b in ((True, weight), (False, weight.T.contiguous())):
+        out = torch.full((rows, columns + beside), torch.nan, dtype=dtype)
+        out[:, :columns] = start
+        packed = packed_for(way, block, b.numpy(), transposed) if block else np.empty(0, b.numpy().dtype)
+        products.multiply(way != "loops", block, a.numpy(), b.numpy(), transposed, packed, out[:, :columns].numpy())
+        torch.testing.assert_close(out[:, :columns], start + a @ weight.T, rtol=1e-5, atol=1e-5)
+        assert out[:, columns:].isnan().all()
+    out = torch.full((inner, columns + beside), torch.nan, dtype=dtype)
+    products.multiply_columns(way != "loops", a.numpy(), start.numpy(), out[:, :columns].numpy())
+    torch.testing.assert_close(out[:, :columns], a.T @ start, rtol=1e-5, atol=1e-5)
+    assert out[:, columns:].isnan().all()
 
 
-def test_a_block_of_a_product_has_its_bits_wherever_it_stands():
-    a, b = torch.randn(5 * fit_rows_cpu.BLOCK, 33), torch.randn(33, 19)
-    together = fit_rows_cpu.BlockProducts()(a, b, a.new_empty(len(a), 19))
-    for rows in torch.arange(len(a)).split(fit_rows_cpu.BLOCK):
-        alone = fit_rows_cpu.BlockProducts()(a[rows], b, a.new_empty(len(rows), 19))
-        assert torch.equal(alone, together[rows])
+def test_a_block_of_a_product_has_its_bits_wherever_it_stands(way):
+    a, b = np.random.default_rng(0).standard_normal((2, 160, 33)).astype(np.float32)
+    packed, together = packed_for(way, 32, b[:19], True), np.zeros((160, 19), np.float32)
+    products.multiply(way != "loops", 32, a, b[:19], True, packed, together)
+    for rows in np.arange(160).reshape(5, 32):
+        alone = np.zeros((32, 19), np.float32)
+        products.multiply(way != "loops", 32, a[rows], b[:19], True, packed, alone)
+        assert np.array_equal(alone, together[rows])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_exponentials(dtype):
+    info = np.finfo(dtype)
+    edges = np.log([info.tiny, info.max / 2]).astype(dtype)
+    a = np.concatenate((np.linspace(*edges, 10_001), np.linspace(-3, 3, 10_001), [0.0, -0.0, 1e-30])).astype(dtype)
+    found = np.empty_like(a)
+    for sign in (1, -1):
+        exponential.exp(sign, sign * a, found)
+        assert np.max(np.abs(found / np.exp(a.astype(np.longdouble)) - 1)) < info.eps
+    wild = np.array([np.nan, np.inf, -np.inf, 1e6, -1e6], dtype)
+    exponential.exp(1, wild, found[:5])
+    assert np.array_equal(found[:5], [np.nan, np.inf, 0, np.inf, 0], equal_nan=True)
+
+
+def test_every_activation_is_known():
+    assert set(decoder.ACTIVATIONS) == set(reference.ACTIVATIONS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("activation", decoder.ACTIVATIONS)
+def test_activations_are_those_of_the_equations(activation, dtype):
+    a = torch.cat((torch.randn(1000, dtype=dtype) * 4, torch.tensor([0.0, -100.0, 100.0, 1e-20], dtype=dtype)))
+    leaf, grad = a.clone().requires_grad_(), torch.randn(len(a), dtype=dtype)
+    expected = reference.ACTIVATIONS[activation](leaf)
+    kind, h, found = decoder.ACTIVATIONS.index(activation), torch.empty_like(a), grad.clone()
+    decoder.activate(kind, a.numpy(), h.numpy())
+    torch.testing.assert_close(h, expected.detach())
+    decoder.differentiate(kind, a.numpy(), h.numpy(), np.empty_like(a.numpy()), found.numpy())
+    torch.testing.assert_close(found, torch.autograd.grad(expected, leaf, grad)[0])
+    lost = np.empty(1)
+    decoder.activate(kind, np.array([np.nan]), lost)
+    assert np.isnan(lost).all()
+
+
+def model_of(groups=(3, 5), hidden=(7, 6), linear_path=True, activation="silu", learned=True):
+    active = tuple(-(-group // 2) for group in groups)
+    return ElboModel(groups, active, hidden, linear_path, activation, "gaussian", 0.3, learned, 0.7)
+
+
+MODELS = {
+    "linear path": model_of(),
+    "none": model_of(linear_path=False, activation="relu", learned=False),
+    "one hidden layer": model_of(hidden=(9,), activation="tanh"),
+    "no hidden layer": model_of(hidden=(), linear_path=False),
+    "no relays": model_of(groups=(), activation="gelu"),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("size", [1, 2, 37])
+def test_a_batch_goes_forth_and_back_as_by_the_equations(threads, way, dtype, name, size):
+    generator, model, latents, columns = torch.Generator().manual_seed(0), MODELS[name], 5, 11
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator, dtype=dtype)
+
+    shapes, relays = model.shared_shapes(latents, columns), sum(model.groups)
+    moving = normal(3, sum(torch.Size(shape).numel() for shape in shapes))
+    moving[2].square_()
+    weights = rows_cpu.weights_of(moving[0].numpy(), model, latents, columns)._replace(blas=way != "loops")
+    if way == "packed" and dtype == torch.float32:
+        weights = decoder.packed(weights._replace(block=8))
+    rows = rows_cpu.Rows(size, latents, columns, weights, model)
+    ids, by_xhat = torch.arange(size), normal(size, columns)
+    rows.arrays.p[:] = normal(size, relays + 2 * latents).numpy()
+    rows.draw(3, "train", 7, ids, 0)
+    of_rows.forward(threads, rows.arrays, weights)
+
+    p, flat = torch.from_numpy(rows.arrays.p).clone().requires_grad_(), moving[0].clone().requires_grad_()
+    of_relays, *layers = elbo.shared_views(flat, shapes)
+    log_scale = [layers.pop()] if model.learned else []
+    coef, residual, log_std = p.split([relays, latents, latents], dim=1)
+    kept = reference.selected(coef, model.groups, model.active) if relays else torch.ones_like(coef, dtype=torch.bool)
+    mean = residual + torch.where(kept, coef, 0.0) @ of_relays
+    noise = reference.philox_normal(3, "train", torch.tensor(7), ids, latents, 0, dtype)
+    z, kl = reference.gaussian_sample(mean, log_std, noise), reference.gaussian_kl(mean, log_std)
+    pairs = list(zip(layers[::2], layers[1::2], strict=True))
+    xhat = reference.mlp_decoder(z, pairs, model.activation, model.linear_path)
+    near = {} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-4}
+    torch.testing.assert_close(torch.from_numpy(rows.arrays.kl), kl.detach(), **near)
+    torch.testing.assert_close(rows.xhat, xhat.detach(), **near)
+
+    by_p, by_flat = torch.autograd.grad((by_xhat * xhat).sum() + 0.7 * kl.sum(), (p, flat))
+    rows.xhat.copy_(by_xhat)
+    of_rows.backward(threads, rows.arrays, weights, 0.7)
+    torch.testing.assert_close(torch.from_numpy(rows.arrays.grad), by_p, **near)
+
+    rest = columns * (1 + len(log_scale))
+    grad = torch.full_like(by_flat, torch.nan)
+    grad[-rest:] = by_flat[-rest:] + 1
+    by_flat[-rest:] += 1
+    factors = [adam_factors(3, lr, 0.1, HYPER) for lr in (0.1, 0.2)]
+    stepped = reference.adamw_step(*moving, by_flat, 3, 0.1, HYPER, 0.1)
+    of_scales = reference.adamw_step(*moving, by_flat, 3, 0.2, HYPER, 0.1)
+    expected = torch.stack(stepped)
+    if log_scale:
+        expected[:, -columns:] = torch.stack(of_scales)[:, -columns:]
+    of_rows.step_shared(threads, rows.arrays, weights, moving.numpy(), grad.numpy(), *factors)
+    torch.testing.assert_close(grad, by_flat, **near)
+    torch.testing.assert_close(moving, expected, **near)

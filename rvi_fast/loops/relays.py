@@ -5,22 +5,16 @@ from __future__ import annotations
 import numpy as np
 
 from .jit import compiled
-from .threads import share
 
 
 @compiled
-def select(threads, coef, groups, active, guesses, weight, kept):
+def select(part, coef, groups, active, guesses, weight, kept):
     """kept [B, K]: the |B| largest of each group by absolute value, ties to the lower index; weight [B, K]: coef there.
 
     All are integers: coef [B, C] begins with the bits of the coefficients, which without the sign order absolute
     values; weight takes bits; kept has all bits where a coefficient is kept, or none. guesses: int64 [B, G], where to
-    look for the groups' thresholds first, which are left there.
+    look for the groups' thresholds first, which are left there. part: number, begin and end of the rows to do it for.
     """
-    share(select_part, threads, len(coef), (coef, groups, active, guesses, weight, kept))
-
-
-@compiled
-def select_part(part, coef, groups, active, guesses, weight, kept):
     _, begin, end = part
     sign = np.iinfo(coef.dtype).max
     strides = np.zeros(len(groups), np.int64)
@@ -121,15 +115,17 @@ def drop_ties(magnitude, least, extra, kept):
 def sample(mean, rows, sigma, radius, cosine, sine, spread, z, kl):
     """spread [B, T] = sigma * noise and z = mean + spread, of noise by Box-Muller; kl [B]: KL(q || N(0, I)).
 
-    radius, cosine, sine: [B, P], of pairs of latents; log_std stands at the end of rows [B, C], sigma is its exp.
+    radius, cosine, sine: [B, P], of pairs of latents; log_std stands at the end of rows [B, C], sigma is its exp;
+    z goes to the end of z [B, .. + T].
     """
     half, latents = mean.dtype.type(0.5), mean.shape[1]
+    first = z.shape[1] - latents
     for b in range(len(rows)):
         log_std = rows[b, rows.shape[1] - latents :]
         for t in range(latents):
             noise = radius[b, t // 2] * (sine[b, t // 2] if t & 1 else cosine[b, t // 2])
             spread[b, t] = sigma[b, t] * noise
-        add(mean[b], spread[b], z[b])
+        add(mean[b], spread[b], z[b, first:])
         kl[b] = half * (squares(mean[b], sigma[b]) - latents) - sum_of(log_std)
 
 
@@ -157,12 +153,14 @@ def sum_of(a):
 
 @compiled
 def sample_gradients(by_z, mean, sigma, spread, weight, grad):
-    """Gradients of nll + weight * KL by mean and log_std [B, T], the last of grad [B, C], from that of nll by z."""
+    """Gradients of nll + weight * KL by mean and log_std [B, T] to the end of grad [B, C], from that of nll by z at the
+    end of by_z [B, .. + T]."""
     weight, latents, width = mean.dtype.type(weight), mean.shape[1], grad.shape[1]
+    first = by_z.shape[1] - latents
     for b in range(len(mean)):
         by_mean, by_log_std = grad[b, width - 2 * latents : width - latents], grad[b, width - latents :]
-        of_mean(by_z[b], mean[b], weight, by_mean)
-        of_log_std(by_z[b], spread[b], sigma[b], weight, by_log_std)
+        of_mean(by_z[b, first:], mean[b], weight, by_mean)
+        of_log_std(by_z[b, first:], spread[b], sigma[b], weight, by_log_std)
 
 
 @compiled

@@ -104,7 +104,8 @@ def _run(*args: Any) -> tuple[Tensor, ...]:
     if dispatch.use_triton("fit_rows", start.device, unsupported(start.dtype, start.device, latent_dim, model)):
         return _launch(start, row_ids, x, mask, x_scale, *frozen, rates, hyper, seed, draws, precision)
     if dispatch.use_numba(start.device) and start.dtype in LOOPED:
-        return fit_rows_cpu.fit_rows(start, row_ids, x, mask, x_scale, *frozen, rates.tolist(), hyper, seed, draws)
+        of_model = weights, *frozen[2:], rates.tolist(), hyper, seed, draws
+        return fit_rows_cpu.fit_rows(start, row_ids, x, mask, x_scale, *of_model)
     x, mask = twin_x(x, mask, x_scale, start.dtype)
     return _equations(start, row_ids, x, mask, *frozen, rates, hyper, seed, draws)
 
@@ -138,7 +139,7 @@ def row_gradients(
     latent_dim = (p.shape[1] - sum(model.groups)) // 2
     frozen = _frozen(weights, model, latent_dim, x.shape[1])
     if dispatch.use_numba(p.device) and p.dtype in LOOPED:
-        return fit_rows_cpu.row_gradients(p, row_ids, x, mask, 1.0, *frozen, seed, draws)
+        return fit_rows_cpu.row_gradients(p, row_ids, x, mask, 1.0, weights, *frozen[2:], seed, draws)
     x, mask = twin_x(x, mask, 1.0, p.dtype)
     losses = _losses_of(row_ids, x, mask, *frozen, seed)
 
