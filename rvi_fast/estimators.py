@@ -6,6 +6,7 @@ import copy
 import difflib
 import inspect
 import os
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Self
@@ -44,6 +45,7 @@ CELLS_AT_ONCE = 1 << 22  # unless they hold more cells than this
 MAX_DRAWS = 1 << 16  # the noise's counter has 16 bits for a draw
 MAX_LOG_STD = 20  # of a posterior's initial log standard deviation
 INFER_ARGUMENTS = ("steps", "lr", "protocol", "row_ids", "start", "stop_early")
+_default_generator = threading.Lock()  # PyTorch's, which modules' initial values come from; a fit borrows it
 PATIENCE = 0.2  # early stopping waits for this share of the epochs
 
 CellsOf = Callable[[slice], np.ndarray]  # of rows: their cells [B, D] in the model's units, float64
@@ -267,7 +269,7 @@ class Estimator:
         raise NotImplementedError
 
     def _build(self, num_rows: int, statistics: ColumnStatistics | None) -> None:
-        with torch.random.fork_rng(devices=[]):
+        with _default_generator, torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             self.model_ = self._make_model(num_rows, statistics).to(self.device_)
         self.n_rows_ = num_rows
@@ -406,6 +408,9 @@ class Estimator:
                 f"{self.feature_names_in_[first]!r} there; give the columns in the order of feature_names_in_"
             )
         data.check()
+        if not self.likelihood_.standardizable:
+            statistics = ColumnStatistics.of(data)
+            self.likelihood_.check_range(statistics.low / self.units_.scale, statistics.high / self.units_.scale)
         return data
 
     def _check_fitted(self) -> None:

@@ -20,9 +20,11 @@ from .likelihoods import Bernoulli, Gaussian, Likelihood
 from .model import RowModel
 from .nn import MLPDecoder, RelayPosterior
 from .observations import ColumnUnits, Observations
+from .one_thread import one_thread, stay_alone
 from .ops import fit_rows_cpu
 from .ops.fit_rows import fit_rows, row_gradients, unsupported
 from .reference import AdamHyper
+from .row_products import row_products
 from .starts import LinearStart
 from .train.plan import SCHEDULES
 from .train.trainer import BAR_DELAY_S
@@ -119,7 +121,8 @@ def fit_new_rows(
     row_ids: int64 [M]. A row with nothing observed gets the prior.
     """
     fits: Fits = FusedFits(model, plan.seed) if FusedFits.can_take(model, plan) else Fits(model, plan)
-    start = LinearStart(model) if any(of_round.start == "linear" for of_round in plan.rounds()) else None
+    with one_thread():  # its products' bits would depend on how many there are
+        start = LinearStart(model) if any(of_round.start == "linear" for of_round in plan.rounds()) else None
     weight, latent_dim = model.decoder.head.weight, model.posterior.latent_dim
     best = Found.none(len(data), model.posterior.table.dim, latent_dim, weight.dtype)
     bar = tqdm(total=0, delay=BAR_DELAY_S, disable=not show_progress, unit="block", leave=False)
@@ -229,20 +232,24 @@ def map_blocks(
 ) -> Iterator[Any]:
     """function(block) for blocks of `size` rows, in order: one thread a block, blocks in parallel.
 
-    Matmuls change bits with the shape of the batch and with their thread count; both are fixed here.
+    Matmuls change bits with the shape of the batch, with their thread count and maybe with a row's place; here they do
+    not.
     """
+
+    def of_block(block: slice) -> Any:
+        stay_alone()
+        with row_products():
+            return function(block)
+
     blocks = [slice(start, start + size) for start in range(0, num_rows, size)]
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         pool = ThreadPoolExecutor(min(workers or threads, len(blocks)))
         try:
-            futures = [pool.submit(contextvars.copy_context().run, function, block) for block in blocks]
+            futures = [pool.submit(contextvars.copy_context().run, of_block, block) for block in blocks]
             yield from (future.result() for future in futures)
         finally:
             pool.shutdown(cancel_futures=True)  # an error or Ctrl-C waits for the blocks at work only
-    finally:
-        torch.set_num_threads(threads)
 
 
 def padded_block(t: Tensor, size: int = BLOCK) -> Tensor:

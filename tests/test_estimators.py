@@ -2,8 +2,10 @@ import copy
 import dataclasses
 import os
 import signal
+import sys
 import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pandas as pd
@@ -449,6 +451,9 @@ def test_bernoulli_needs_the_unit_interval():
     assert set(np.unique(model.sample(5, noise=True))) <= {0.0, 1.0}
     with pytest.raises(ValueError, match=r"Bernoulli needs X in \[0, 1\], but column 0 spans"):
         RVI(likelihood=Bernoulli(), **SMALL, **RELAYS).fit(3 * X + 1 + rng.random((30, 8)))
+    for new in (255 * X, X - 3):
+        with pytest.raises(ValueError, match=r"Bernoulli needs X in \[0, 1\], but column 0 spans"):
+            model.infer(new)
     with pytest.raises(ValueError, match="standardize=True does not go with Bernoulli"):
         RVI(likelihood=Bernoulli(), standardize=True, **SMALL, **RELAYS).fit(X)
 
@@ -618,3 +623,21 @@ def test_what_a_callback_does_to_the_model_is_heeded():
 def test_a_fitted_models_weights_have_memory_of_their_own():
     model = RVI(epochs=1, latent_dim=3, progress=False).fit(np.random.default_rng(0).normal(size=(60, 5)))
     assert all(p.untyped_storage().nbytes() == p.nbytes for p in model.model_.decoder.parameters())
+
+
+def test_fits_in_threads_start_as_alone_and_leave_the_default_generator():
+    X = np.random.default_rng(0).normal(size=(40, 6))
+
+    def embedding(_):
+        return RVI(**SMALL, **RELAYS, seed=3).fit(X).embed()
+
+    alone, before, interval = embedding(0), torch.get_rng_state(), sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(3) as pool:
+            together = list(pool.map(embedding, range(12)))
+    finally:
+        sys.setswitchinterval(interval)
+    for found in together:
+        np.testing.assert_allclose(found, alone, atol=1e-3)
+    assert torch.equal(torch.get_rng_state(), before)

@@ -1,5 +1,6 @@
 import dataclasses
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -263,3 +264,19 @@ def test_inference_changes_nothing_in_the_model():
     model.infer(data(70, 13), steps=5)
     assert all(torch.equal(before[k], v) for k, v in model.model_.state_dict().items())
     assert all(p.grad is None for p in model.model_.decoder.parameters())
+
+
+def test_calls_in_threads_give_the_number_of_threads_back():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        model = RVI(**MODELS[0][1]).fit(data(80, 13, seed=1))
+        X = data(100, 13)
+        alone = bits(model.infer(X, steps=5))
+        with ThreadPoolExecutor(3) as pool:
+            for found in pool.map(lambda _: bits(model.infer(X, steps=5)), range(9)):
+                assert torch.equal(found, alone)
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(torch.get_num_threads).result() == torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

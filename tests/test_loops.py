@@ -93,7 +93,7 @@ def test_noise_has_the_bits_of_the_equations(dim, dtype):
             zero = np.zeros((rows, dim), radius.numpy().dtype)
             z, spread = np.empty_like(zero), np.empty_like(zero)
             parts = (t.numpy() for t in (radius.log().mul(-2).sqrt(), angle.cos(), angle.sin()))
-            relays.sample(zero, zero, zero + 1, *parts, spread, z, zero[:, 0].copy())
+            relays.sample(zero, zero, zero + 1, *parts, spread, z, 0, zero[:, 0].copy())
             assert torch.equal(torch.from_numpy(z), expected) and np.array_equal(z, spread)
 
 
@@ -234,8 +234,7 @@ def check_bernoulli(threads, logits, x, mask, cells):
     nll = reference.masked_bernoulli_nll(leaf, x, mask)
     nll.sum().mul(0.1).backward()
     by_bias = np.empty_like(logits[0].numpy())
-    softplus, sigmoid = torch.nn.functional.softplus(logits).numpy(), torch.sigmoid(logits).numpy()
-    total = likelihood.bernoulli(threads, logits.numpy(), softplus, sigmoid, *cells, 0.1, by_bias)
+    total = likelihood.bernoulli(threads, logits.numpy(), *cells, 0.1, by_bias)
     torch.testing.assert_close(logits, leaf.grad)
     torch.testing.assert_close(torch.from_numpy(by_bias), leaf.grad.sum(0), rtol=1e-4, atol=1e-5)
     assert total == pytest.approx(float(nll.detach().double().sum()), rel=1e-5)
@@ -253,14 +252,17 @@ def test_gradients_of_the_sample_are_those_of_the_equations():
     even, odd = (torch.nn.functional.pad(noise, (0, 1))[:, start::2].contiguous().numpy() for start in (0, 1))
     parts = np.ones((9, 3)), even, odd
     found = np.empty(9)
-    relays.sample(mean.numpy(), rows.numpy(), sigma.numpy(), *parts, spread, sampled, found)
+    relays.sample(mean.numpy(), rows.numpy(), sigma.numpy(), *parts, spread, sampled, 0, found)
     torch.testing.assert_close(torch.from_numpy(sampled), z.detach())
     torch.testing.assert_close(torch.from_numpy(found), kl.detach())
-    relays.sample_gradients(by_z.numpy(), mean.numpy(), sigma.numpy(), spread, 0.3, grad)
+    by_mean = np.empty((9, 5))
+    relays.sample_gradients(by_z.numpy(), 0, mean.numpy(), sigma.numpy(), spread, 0.3, by_mean, grad)
+    assert np.array_equal(by_mean, grad[:, 2:7])
     torch.testing.assert_close(torch.from_numpy(grad[:, 2:]), torch.cat(expected, dim=1))
     found = grad.copy()
+    found[:, :2] = np.nan
     kept = np.where(np.arange(18).reshape(9, 2) % 3 == 0, -1, 0)
-    relays.keep(bits_of(torch.from_numpy(found)), kept)
+    relays.keep(grad.view(np.int64), kept, found.view(np.int64))
     assert np.array_equal(found[:, :2], np.where(kept, grad[:, :2], 0)) and np.array_equal(found[:, 2:], grad[:, 2:])
 
 
@@ -314,7 +316,23 @@ def test_a_block_of_a_product_has_its_bits_wherever_it_stands(way):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_exponentials(dtype):
+@pytest.mark.parametrize("sizes", [(5, 13), (13, 7), (14, 5), (33, 19), (64, 100)])
+def test_a_row_of_a_product_has_its_bits_wherever_it_stands(way, dtype, sizes):
+    inner, columns = sizes
+    rng = np.random.default_rng(0)
+    b, row = rng.standard_normal((columns, inner)).astype(dtype), rng.standard_normal(inner).astype(dtype)
+    packed, found = packed_for(way, 32, b, True), []
+    for place in range(32):
+        a, out = (torch.zeros(32, 128, dtype=torch.from_numpy(b).dtype).numpy() for _ in range(2))
+        a[:, :inner] = rng.standard_normal((32, inner))
+        a[place, :inner] = row
+        products.multiply(way != "loops", 32, a[:, :inner], b, True, packed, out[:, :columns])
+        found.append(out[place])
+    assert np.array_equal(found, [found[0]] * 32)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_exponentials_and_what_is_made_of_them(dtype):
     info = np.finfo(dtype)
     edges = np.log([info.tiny, info.max / 2]).astype(dtype)
     a = np.concatenate((np.linspace(*edges, 10_001), np.linspace(-3, 3, 10_001), [0.0, -0.0, 1e-30])).astype(dtype)
@@ -322,7 +340,15 @@ def test_exponentials(dtype):
     for sign in (1, -1):
         exponential.exp(sign, sign * a, found)
         assert np.max(np.abs(found / np.exp(a.astype(np.longdouble)) - 1)) < info.eps
+    softplus, sigmoid, b = np.empty_like(a), np.empty_like(a), a.astype(np.longdouble)
+    exponential.softplus_and_sigmoid(a, softplus, sigmoid)
+    wide = np.abs(a) < info.maxexp / 2  # further out, one of them is denormal
+    assert np.max(np.abs(softplus / np.logaddexp(0, b) - 1)[wide]) < 2 * info.eps
+    assert np.max(np.abs(sigmoid * (1 + np.exp(-b)) - 1)[wide]) < 2 * info.eps
     wild = np.array([np.nan, np.inf, -np.inf, 1e6, -1e6], dtype)
+    exponential.softplus_and_sigmoid(wild, softplus[:5], sigmoid[:5])
+    assert np.array_equal(softplus[:5], [np.nan, np.inf, 0, 1e6, 0], equal_nan=True)
+    assert np.array_equal(sigmoid[:5], [np.nan, 1, 0, 1, 0], equal_nan=True)
     exponential.exp(1, wild, found[:5])
     assert np.array_equal(found[:5], [np.nan, np.inf, 0, np.inf, 0], equal_nan=True)
 
@@ -394,10 +420,11 @@ def test_a_batch_goes_forth_and_back_as_by_the_equations(threads, way, dtype, na
     xhat = reference.mlp_decoder(z, pairs, model.activation, model.linear_path)
     near = {} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-4}
     torch.testing.assert_close(torch.from_numpy(rows.arrays.kl), kl.detach(), **near)
-    torch.testing.assert_close(rows.xhat, xhat.detach(), **near)
+    of_columns = torch.from_numpy(rows.arrays.xhat)[:, :columns]
+    torch.testing.assert_close(of_columns, xhat.detach(), **near)
 
     by_p, by_flat = torch.autograd.grad((by_xhat * xhat).sum() + 0.7 * kl.sum(), (p, flat))
-    rows.xhat.copy_(by_xhat)
+    of_columns.copy_(by_xhat)
     of_rows.backward(threads, rows.arrays, weights, 0.7)
     torch.testing.assert_close(torch.from_numpy(rows.arrays.grad), by_p, **near)
 

@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from .jit import compiled, exact
-from .memory import prefetch_next
+from .memory import copy, prefetch_next
 from .threads import share
 
 LOG_DECAY, LR = 4, 5  # rows of a clock's history, after the moments F0..F3
@@ -59,12 +59,6 @@ def read_part(part, values, rows, last, clock, eps, least, limit, margin, p, m, 
         floor = max((margin * eps * e2) ** 2, np.finfo(v.dtype).tiny)
         apart[b] = at < limit and any_below(m[b], v[b], floor)
         catch_up(p[b], m[b], v[b], w1, max(eps * e1, least), w2, max(eps * e2, least), decay, decay_m, decay_v)
-
-
-@compiled
-def copy(source, target):
-    for c in range(len(target)):
-        target[c] = source[c]
 
 
 @compiled

@@ -12,7 +12,7 @@ import numpy as np
 
 from .exponential import exp
 from .jit import compiled
-from .memory import LINE
+from .memory import LINE, copy
 from .products import multiply, pack, packed_size
 
 ACTIVATIONS = ("relu", "silu", "tanh", "gelu")
@@ -37,8 +37,8 @@ class Weights(NamedTuple):
 
 @compiled
 def decode(weights, before, after, xhat):
-    """xhat [B, D] of z, which stands at the end of after [B, H + T]. Hidden layers come before it, and go into before
-    [B, H] without their activation."""
+    """xhat of z, which stands in `after` where the first layer's inputs are, beside the hidden layers; these without
+    their activation are `before`. All of these [B, ..] may be wider than what they hold."""
     last = len(weights.shapes) - 1
     for layer in range(1, last):
         start, stop = weights.outputs[layer]
@@ -61,7 +61,7 @@ def affine(weights, layer, after, out):
 
 @compiled
 def decoder_gradient(weights, by_xhat, before, after, by_after):
-    """by_after [B, H + T] of by_xhat [B, D]: at its end that by z, before it those by `before`."""
+    """by_after of by_xhat: in the columns of z the gradient by it, in those of hidden layers that by `before`."""
     last = len(weights.shapes) - 1
     by_after[:] = 0
     back(weights, last, by_xhat, by_after)
@@ -101,12 +101,6 @@ def bias(weights, layer):
     n_out, n_in = weights.shapes[layer]
     start = weights.starts[layer] + n_out * n_in
     return weights.values[start : start + n_out]
-
-
-@compiled
-def copy(source, target):
-    for i in range(len(target)):
-        target[i] = source[i]
 
 
 @compiled

@@ -1,4 +1,7 @@
-"""e^x as a loop that vectorises, which a call of the C library for every number does not."""
+"""e^x and what is made of it, as loops that vectorise, which calls of the C library for every number do not.
+
+A number's bits do not depend on where it stands, as those of PyTorch's vectorised operators may.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,9 @@ LN2 = math.log(2)
 LN2_HIGH = float.fromhex("0x1.62ep-1")  # of so few digits that its multiples are exact
 LN2_LOW = float.fromhex("0x1.0bfbe8e7bcd5ep-15")  # the rest of log 2
 SERIES = tuple(1 / math.factorial(k) for k in range(13, -1, -1))  # enough for |x| <= log(2) / 2 in float64
+
+
+ATANH = tuple(1 / k for k in range(33, 0, -2))  # of x^2, enough for x <= 1 / 3
 
 
 @intrinsic
@@ -49,3 +55,21 @@ def exp(sign, a, out):
         for coefficient in SERIES:
             total = total * r + number(coefficient)
         out[i] = total * power_of_two(shifted, np.int64(info.maxexp - 1))
+
+
+@exact
+def softplus_and_sigmoid(a, softplus, sigmoid):
+    """log(1 + e^a) and 1 / (1 + e^-a) of [n]."""
+    number = a.dtype.type
+    zero, one, two = number(0), number(1), number(2)
+    for i in range(len(a)):
+        softplus[i] = abs(a[i])
+    exp(-1, softplus, sigmoid)
+    for i in range(len(a)):
+        small = sigmoid[i]
+        x = small / (two + small)  # log(1 + small) = 2 atanh(x)
+        total = zero
+        for coefficient in ATANH:
+            total = total * (x * x) + number(coefficient)
+        softplus[i] = max(a[i], zero) + two * x * total
+        sigmoid[i] = (one if a[i] > 0 else small) / (one + small)

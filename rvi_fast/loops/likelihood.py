@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from .exponential import softplus_and_sigmoid
 from .jit import compiled
 from .memory import prefetch_next
 from .threads import share
@@ -36,12 +37,12 @@ def read_cells(x, x_scale, mask, row, cells, observed):
 
 @compiled
 def gaussian(threads, xhat, x, x_scale, mask, rows, inverse_scale, factor, squares, count, by_bias):
-    """The gradient factor [D] * r replaces xhat [B, D], where r = (xhat - x) * inverse_scale [D], of observed cells.
+    """The gradient factor [D] * r replaces xhat, where r = (xhat - x) * inverse_scale [D], of observed cells.
 
-    Columns' sums: of r^2 into squares [D] and of observed cells into count [D], both float64; of the gradient into
-    by_bias [D].
+    xhat [B, ..] has D columns or more. Their sums: of r^2 into squares [D] and of observed cells into count [D], both
+    float64; of the gradient into by_bias [D].
     """
-    columns = xhat.shape[1]
+    columns = len(inverse_scale)
     each_squares, each_count = np.zeros((threads, columns)), np.zeros((threads, columns))
     each_by_bias = np.zeros((threads, columns), by_bias.dtype)
     sums = each_squares, each_count, each_by_bias
@@ -55,13 +56,13 @@ def gaussian(threads, xhat, x, x_scale, mask, rows, inverse_scale, factor, squar
 def gaussian_part(part, xhat, x, x_scale, mask, rows, inverse_scale, factor, sums):
     number, begin, end = part
     squares, count, by_bias = sums[0][number], sums[1][number], sums[2][number]
-    columns = xhat.shape[1]
+    columns = len(inverse_scale)
     cells, observed = np.empty(columns, xhat.dtype), np.empty(columns, np.uint8)
     some_squares, some_count = np.zeros(columns, xhat.dtype), np.zeros(columns, np.uint8)
     for b in range(begin, end):
         prefetch_next(x, rows, b)
         read_cells(x, x_scale, mask, rows[b], cells, observed)
-        row = xhat[b]
+        row = xhat[b, :columns]
         residual(row, cells, observed, inverse_scale)
         for d in range(columns):
             some_squares[d] += row[d] * row[d]
@@ -93,29 +94,32 @@ def move(some, total):
 
 
 @compiled
-def bernoulli(threads, logits, softplus, sigmoid, x, x_scale, mask, rows, weight, by_bias):
-    """The gradient weight * (sigmoid - x) of observed cells replaces logits [B, D]; its columns' sums go to by_bias.
+def bernoulli(threads, logits, x, x_scale, mask, rows, weight, by_bias):
+    """The gradient weight * (sigmoid - x) of observed cells replaces logits, [B, D] or wider; its columns' sums go to
+    by_bias [D].
 
     Returns the sum of nll, softplus - x * logit.
     """
-    each_total, each_by_bias = np.zeros(threads), np.zeros((threads, logits.shape[1]), logits.dtype)
+    each_total, each_by_bias = np.zeros(threads), np.zeros((threads, len(by_bias)), logits.dtype)
     sums, weight = (each_total, each_by_bias), logits.dtype.type(weight)
-    share(bernoulli_part, threads, len(logits), (logits, softplus, sigmoid, x, x_scale, mask, rows, weight, sums))
+    share(bernoulli_part, threads, len(logits), (logits, x, x_scale, mask, rows, weight, sums))
     add_up(each_by_bias, by_bias)
     return each_total.sum()
 
 
 @compiled
-def bernoulli_part(part, logits, softplus, sigmoid, x, x_scale, mask, rows, weight, sums):
+def bernoulli_part(part, logits, x, x_scale, mask, rows, weight, sums):
     number, begin, end = part
-    by_bias, columns, total = sums[1][number], logits.shape[1], 0.0
+    by_bias, columns, total = sums[1][number], sums[1].shape[1], 0.0
     cells, observed = np.empty(columns, logits.dtype), np.empty(columns, np.uint8)
+    softplus, sigmoid = np.empty_like(cells), np.empty_like(cells)
     for b in range(begin, end):
         prefetch_next(x, rows, b)
         read_cells(x, x_scale, mask, rows[b], cells, observed)
-        row = logits[b]
-        total += cross_entropy(row, softplus[b], cells, observed)
-        difference(sigmoid[b], cells, observed, row)
+        row = logits[b, :columns]
+        softplus_and_sigmoid(row, softplus, sigmoid)
+        total += cross_entropy(row, softplus, cells, observed)
+        difference(sigmoid, cells, observed, row)
         for d in range(columns):
             row[d] *= weight
         for d in range(columns):
@@ -132,12 +136,13 @@ def read_rows(x, x_scale, mask, rows, cells, observed):
 
 @compiled
 def gaussian_rows(xhat, cells, observed, inverse_scale, nll):
-    """Each row's gradient of nll replaces xhat [B, D]; nll [B], but for the scales' own terms."""
+    """Each row's gradient of nll replaces the first D columns of xhat; nll [B], but for the scales' own terms."""
     half = xhat.dtype.type(0.5)
     for b in range(len(xhat)):
-        residual(xhat[b], cells[b], observed[b], inverse_scale)
-        nll[b] = half * sum_of_squares(xhat[b])
-        multiply(xhat[b], inverse_scale)
+        row = xhat[b, : cells.shape[1]]
+        residual(row, cells[b], observed[b], inverse_scale)
+        nll[b] = half * sum_of_squares(row)
+        multiply(row, inverse_scale)
 
 
 @compiled
@@ -163,11 +168,14 @@ def multiply(a, factor):
 
 
 @compiled
-def bernoulli_rows(logits, softplus, sigmoid, cells, observed, nll):
-    """Each row's gradient of nll replaces logits [B, D]; nll [B]."""
+def bernoulli_rows(logits, cells, observed, nll):
+    """Each row's gradient of nll replaces the first D columns of logits; nll [B]."""
+    softplus, sigmoid = np.empty((2, cells.shape[1]), logits.dtype)
     for b in range(len(logits)):
-        nll[b] = cross_entropy(logits[b], softplus[b], cells[b], observed[b])
-        difference(sigmoid[b], cells[b], observed[b], logits[b])
+        row = logits[b, : cells.shape[1]]
+        softplus_and_sigmoid(row, softplus, sigmoid)
+        nll[b] = cross_entropy(row, softplus, cells[b], observed[b])
+        difference(sigmoid, cells[b], observed[b], row)
 
 
 @compiled

@@ -32,6 +32,12 @@ def touch(typingctx: Any, array: Any, index: Any) -> Any:
 
 
 @compiled
+def copy(source, target):
+    for i in range(len(target)):
+        target[i] = source[i]
+
+
+@compiled
 def prefetch_next(values, rows, b):
     """Ask for values [N, C] of the row that follows rows[b], if one does."""
     if b + 1 < len(rows):

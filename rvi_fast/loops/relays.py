@@ -5,20 +5,22 @@ from __future__ import annotations
 import numpy as np
 
 from .jit import compiled
+from .memory import copy
 
 
 @compiled
 def select(part, coef, groups, active, guesses, weight, kept):
-    """kept [B, K]: the |B| largest of each group by absolute value, ties to the lower index; weight [B, K]: coef there.
+    """kept [B, K]: the |B| largest of each group by absolute value, ties to the lower index; weight: coef there, in its
+    first K columns. part: number, begin and end of the rows to do it for.
 
     All are integers: coef [B, C] begins with the bits of the coefficients, which without the sign order absolute
     values; weight takes bits; kept has all bits where a coefficient is kept, or none. guesses: int64 [B, G], where to
-    look for the groups' thresholds first, which are left there. part: number, begin and end of the rows to do it for.
+    look for the groups' thresholds first, which are left there.
     """
     _, begin, end = part
     sign = np.iinfo(coef.dtype).max
     strides = np.zeros(len(groups), np.int64)
-    scratch = np.empty(weight.shape[1], coef.dtype)
+    scratch = np.empty(kept.shape[1], coef.dtype)
     for b in range(begin, end):
         start = 0
         for g in range(len(groups)):
@@ -30,7 +32,7 @@ def select(part, coef, groups, active, guesses, weight, kept):
             if extra:
                 drop_ties(magnitude, threshold, extra, kept[b, start:stop])
             start = stop
-        only(coef[b, :start], kept[b], weight[b])
+        only(coef[b, :start], kept[b], weight[b, :start])
 
 
 @compiled
@@ -112,21 +114,20 @@ def drop_ties(magnitude, least, extra, kept):
 
 
 @compiled
-def sample(mean, rows, sigma, radius, cosine, sine, spread, z, kl):
-    """spread [B, T] = sigma * noise and z = mean + spread, of noise by Box-Muller; kl [B]: KL(q || N(0, I)).
+def sample(mean, rows, sigma, radius, cosine, sine, spread, after, first, kl):
+    """spread [B, T] = sigma * noise, of noise by Box-Muller, and z = mean + spread; kl [B]: KL(q || N(0, I)).
 
-    radius, cosine, sine: [B, P], of pairs of latents; log_std stands at the end of rows [B, C], sigma is its exp;
-    z goes to the end of z [B, .. + T].
+    radius, cosine, sine: [B, P], of pairs of latents; log_std stands at the end of rows [B, C], sigma is its exp. The
+    mean is that of the first T columns; z goes to the columns of `after` from the `first` on.
     """
-    half, latents = mean.dtype.type(0.5), mean.shape[1]
-    first = z.shape[1] - latents
+    half, latents = mean.dtype.type(0.5), sigma.shape[1]
     for b in range(len(rows)):
-        log_std = rows[b, rows.shape[1] - latents :]
+        log_std, of_row = rows[b, rows.shape[1] - latents :], mean[b, :latents]
         for t in range(latents):
             noise = radius[b, t // 2] * (sine[b, t // 2] if t & 1 else cosine[b, t // 2])
             spread[b, t] = sigma[b, t] * noise
-        add(mean[b], spread[b], z[b, first:])
-        kl[b] = half * (squares(mean[b], sigma[b]) - latents) - sum_of(log_std)
+        add(of_row, spread[b], after[b, first : first + latents])
+        kl[b] = half * (squares(of_row, sigma[b]) - latents) - sum_of(log_std)
 
 
 @compiled
@@ -152,15 +153,15 @@ def sum_of(a):
 
 
 @compiled
-def sample_gradients(by_z, mean, sigma, spread, weight, grad):
-    """Gradients of nll + weight * KL by mean and log_std [B, T] to the end of grad [B, C], from that of nll by z at the
-    end of by_z [B, .. + T]."""
-    weight, latents, width = mean.dtype.type(weight), mean.shape[1], grad.shape[1]
-    first = by_z.shape[1] - latents
-    for b in range(len(mean)):
-        by_mean, by_log_std = grad[b, width - 2 * latents : width - latents], grad[b, width - latents :]
-        of_mean(by_z[b, first:], mean[b], weight, by_mean)
-        of_log_std(by_z[b, first:], spread[b], sigma[b], weight, by_log_std)
+def sample_gradients(by_after, first, mean, sigma, spread, weight, by_mean, grad):
+    """Gradients of nll + weight * KL by mean and log_std [B, T], the end of grad [B, C], and that by the mean apart;
+    from that of nll by z, which stands in by_after as z does in `sample`."""
+    weight, latents, width = mean.dtype.type(weight), sigma.shape[1], grad.shape[1]
+    for b in range(len(sigma)):
+        by_z, by_log_std = by_after[b, first : first + latents], grad[b, width - latents :]
+        of_mean(by_z, mean[b, :latents], weight, by_mean[b, :latents])
+        copy(by_mean[b, :latents], grad[b, width - 2 * latents : width - latents])
+        of_log_std(by_z, spread[b], sigma[b], weight, by_log_std)
 
 
 @compiled
@@ -176,8 +177,8 @@ def of_log_std(by_z, spread, sigma, weight, out):
 
 
 @compiled
-def keep(grad, kept):
-    """Only selected coefficients have a gradient: of the bits at the beginning of grad [B, C], those of kept [B, K]."""
+def keep(by_coef, kept, grad):
+    """Only selected coefficients have a gradient: of the bits of by_coef, those of kept [B, K] begin grad [B, C]."""
+    relays = kept.shape[1]
     for b in range(len(kept)):
-        of_coef = grad[b, : kept.shape[1]]
-        only(of_coef, kept[b], of_coef)
+        only(by_coef[b, :relays], kept[b], grad[b, :relays])

@@ -7,36 +7,44 @@ from typing import NamedTuple
 import numpy as np
 
 from . import adam
-from .decoder import by_weight, copy, decode, decoder_gradient
+from .decoder import by_weight, decode, decoder_gradient
 from .exponential import exp
 from .jit import compiled
+from .memory import copy
 from .products import multiply_columns
 from .relays import keep, sample, sample_gradients, select
 from .threads import share
 
 
 class Batch(NamedTuple):
-    """Arrays of B rows. The bits of p, weight and grad are integers in the same memory."""
+    """Arrays of B rows. Bits are integers in the same memory.
+
+    Where a size has a star, a row takes whole lines of memory: BLAS may give a row other bits if it begins elsewhere in
+    a line.
+    """
 
     p: np.ndarray  # [B, C]: coefficients, residual, log_std
     p_bits: np.ndarray
     groups: np.ndarray  # int64 [G], of relays
     active: np.ndarray  # int64 [G]
     guesses: np.ndarray  # int64 [B, G], as of `select`
-    weight: np.ndarray  # [B, K]: selected coefficients
+    weight: np.ndarray  # [B, K*]: selected coefficients
     weight_bits: np.ndarray
     kept: np.ndarray  # [B, K], as of `select`
-    mean: np.ndarray  # [B, T]
+    mean: np.ndarray  # [B, T*]
     sigma: np.ndarray  # [B, T]
     radius: np.ndarray  # [B, P], as the next two, of noise: see `sample`
     cosine: np.ndarray
     sine: np.ndarray
     spread: np.ndarray  # [B, T]
     kl: np.ndarray  # [B]
-    before: np.ndarray  # [B, H], and after, by_after [B, H + T]: see `decode`
+    before: np.ndarray  # [B, H*], and after [B, (H + T)*]: see `decode`
     after: np.ndarray
-    by_after: np.ndarray
-    xhat: np.ndarray  # [B, D], and then the gradient by it
+    xhat: np.ndarray  # [B, D*], and then the gradient by it
+    by_after: np.ndarray  # gradients by other arrays, each as large as that
+    by_mean: np.ndarray
+    by_coef: np.ndarray
+    by_coef_bits: np.ndarray
     grad: np.ndarray  # [B, C], by p
     grad_bits: np.ndarray
 
@@ -50,15 +58,15 @@ def forward(threads, batch, weights):
 @compiled
 def forward_part(part, batch, weights):
     _, begin, end = part
-    relays, latents = batch.weight.shape[1], batch.mean.shape[1]
+    (relays, latents), (first, _) = weights.shapes[0], weights.inputs[1]
     select(part, batch.p_bits, batch.groups, batch.active, batch.guesses, batch.weight_bits, batch.kept)
     p, mean, sigma, after = batch.p[begin:end], batch.mean[begin:end], batch.sigma[begin:end], batch.after[begin:end]
     for b in range(len(p)):
-        copy(p[b, relays : relays + latents], mean[b])
+        copy(p[b, relays : relays + latents], mean[b, :latents])
         exp(1, p[b, relays + latents :], sigma[b])
-    by_weight(weights, 0, False, batch.weight[begin:end], mean)
+    by_weight(weights, 0, False, batch.weight[begin:end, :relays], mean[:, :latents])
     noise = batch.radius[begin:end], batch.cosine[begin:end], batch.sine[begin:end]
-    sample(mean, p, sigma, *noise, batch.spread[begin:end], after, batch.kl[begin:end])
+    sample(mean, p, sigma, *noise, batch.spread[begin:end], after, first, batch.kl[begin:end])
     decode(weights, batch.before[begin:end], after, batch.xhat[begin:end])
 
 
@@ -71,14 +79,14 @@ def backward(threads, batch, weights, kl_weight):
 @compiled
 def backward_part(part, batch, weights, kl_weight):
     _, begin, end = part
-    relays, latents = batch.weight.shape[1], batch.mean.shape[1]
-    grad, by_after = batch.grad[begin:end], batch.by_after[begin:end]
+    (relays, latents), (first, _) = weights.shapes[0], weights.inputs[1]
+    by_after, by_mean, by_coef = batch.by_after[begin:end], batch.by_mean[begin:end], batch.by_coef[begin:end]
     decoder_gradient(weights, batch.xhat[begin:end], batch.before[begin:end], batch.after[begin:end], by_after)
     sampled = batch.mean[begin:end], batch.sigma[begin:end], batch.spread[begin:end]
-    sample_gradients(by_after, *sampled, kl_weight, grad)
-    grad[:, :relays] = 0
-    by_weight(weights, 0, True, grad[:, relays : relays + latents], grad[:, :relays])
-    keep(batch.grad_bits[begin:end], batch.kept[begin:end])
+    sample_gradients(by_after, first, *sampled, kl_weight, by_mean, batch.grad[begin:end])
+    by_coef[:] = 0
+    by_weight(weights, 0, True, by_mean[:, :latents], by_coef[:, :relays])
+    keep(batch.by_coef_bits[begin:end], batch.kept[begin:end], batch.grad_bits[begin:end])
 
 
 @compiled
@@ -91,9 +99,9 @@ def step_shared(threads, batch, weights, moving, grad, factors, factors_of_rest)
 @compiled
 def shared_part(part, batch, weights, moving, grad, factors, factors_of_rest):
     """A thread's relays, units of each layer, and its part of the rest."""
-    relays, last = batch.weight.shape[1], len(weights.shapes) - 1
+    (relays, latents), last = weights.shapes[0], len(weights.shapes) - 1
     begin, end = span(part, grad, relays)
-    by_mean = batch.grad[:, relays : relays + batch.mean.shape[1]]
+    by_mean = batch.by_mean[:, :latents]
     step_weight(begin, end, weights, 0, batch.weight[:, begin:end], by_mean, moving, grad, factors)
     for layer in range(1, last + 1):
         left, right = weights.inputs[layer]

@@ -75,7 +75,7 @@ def _loss(batch: Batch, rows: Tensor, model: ElboModel, a: Arrays) -> float:
     """The sum of nll; the gradient of its mean over rows replaces xhat, and its sum over rows is the last bias's."""
     from ..loops import likelihood, threads
 
-    x, mask, at, dtype = batch.x, batch.mask, rows.numpy(), a.xhat.dtype
+    x, mask, at, dtype = batch.x, batch.mask, rows.numpy(), a.log_scale.dtype
     if batch.gathered:
         at = a.in_order
     if x.dtype not in (dtype, torch.uint8):
@@ -83,7 +83,7 @@ def _loss(batch: Batch, rows: Tensor, model: ElboModel, a: Arrays) -> float:
     cells = x.numpy(), batch.x_scale, None if mask is None else mask.view(torch.uint8).numpy(), at
     xhat, by_bias, share, at_once = a.arrays.xhat, a.by_last_bias, 1 / len(rows), threads.available()
     if model.likelihood == "bernoulli":
-        return likelihood.bernoulli(at_once, xhat, *a.softplus_and_sigmoid(), *cells, share, by_bias)
+        return likelihood.bernoulli(at_once, xhat, *cells, share, by_bias)
     if not model.learned:
         scale = a.fixed_scale
         likelihood.gaussian(at_once, xhat, *cells, 1 / scale, share / scale, a.squares, a.count, by_bias)

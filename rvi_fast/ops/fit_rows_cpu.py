@@ -54,7 +54,7 @@ class Blocks(Rows):
         self.forward(self.seed, "infer", step, self.row_ids, draw)
         xhat, cells = self.arrays.xhat, (self.cells, self.observed)
         if self.model.likelihood == "bernoulli":
-            likelihood.bernoulli_rows(xhat, *self.softplus_and_sigmoid(), *cells, self.nll)
+            likelihood.bernoulli_rows(xhat, *cells, self.nll)
         else:
             likelihood.gaussian_rows(xhat, *cells, self.inverse_scale, self.nll)
 

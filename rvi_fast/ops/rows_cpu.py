@@ -24,6 +24,7 @@ class Rows:
     """A batch's own parameters and their moments, its sample of z, what the decoder makes of it, and gradients."""
 
     def __init__(self, size: int, latent_dim: int, columns: int, weights: Weights, model: ElboModel):
+        from ..loops.memory import LINE
         from ..loops.rows import Batch
 
         dtype = torch.from_numpy(weights.values).dtype
@@ -33,24 +34,29 @@ class Rows:
         def empty(columns: int) -> np.ndarray:
             return torch.empty(size, columns, dtype=dtype).numpy()
 
+        def lines(columns: int) -> np.ndarray:
+            return torch.zeros(size, -(-columns * dtype.itemsize // LINE) * LINE // dtype.itemsize, dtype=dtype).numpy()
+
         def bits(values: np.ndarray) -> np.ndarray:
             return values.view(f"i{values.itemsize}")
 
-        p, grad, weight, pairs = empty(width), empty(width), empty(relays), 2 * -(-latent_dim // 4)
+        pairs = 2 * -(-latent_dim // 4)
+        p, grad, weight, by_coef = empty(width), empty(width), lines(relays), lines(relays)
         self.arrays = Batch(
             p=p, p_bits=bits(p), groups=np.array(model.groups, np.int64), active=np.array(model.active, np.int64),
             guesses=np.zeros((size, len(model.groups)), np.int64),
-            weight=weight, weight_bits=bits(weight), kept=np.empty_like(bits(weight)),
-            mean=empty(latent_dim), sigma=empty(latent_dim),
+            weight=weight, weight_bits=bits(weight), kept=np.empty((size, relays), bits(p).dtype),
+            mean=lines(latent_dim), sigma=empty(latent_dim),
             radius=empty(pairs), cosine=empty(pairs), sine=empty(pairs),
             spread=empty(latent_dim), kl=np.empty(size, p.dtype),
-            before=empty(hidden), after=empty(hidden + latent_dim), by_after=empty(hidden + latent_dim),
-            xhat=empty(columns), grad=grad, grad_bits=bits(grad),
+            before=lines(hidden), after=lines(hidden + latent_dim), xhat=lines(columns),
+            by_after=lines(hidden + latent_dim), by_mean=lines(latent_dim), by_coef=by_coef, by_coef_bits=bits(by_coef),
+            grad=grad, grad_bits=bits(grad),
         )  # fmt: skip
         self.moving = p, empty(width), empty(width)
         self.weights = weights
         noise = self.arrays.radius, self.arrays.cosine, self.arrays.sine
-        self.radius, self.cosine, self.sine, self.xhat = map(torch.from_numpy, (*noise, self.arrays.xhat))
+        self.radius, self.cosine, self.sine = map(torch.from_numpy, noise)
 
     def forward(self, seed: int, stream: str, step: int, row_ids: Tensor, draw: int = 0) -> None:
         """kl [B] and xhat [B, D] of p and one draw of z (reference.row_losses)."""
@@ -68,10 +74,6 @@ class Rows:
         torch.cos(self.sine, out=self.cosine)
         self.radius.log_().mul_(-2.0).sqrt_()
         self.sine.sin_()
-
-    def softplus_and_sigmoid(self) -> tuple[np.ndarray, np.ndarray]:
-        """Of xhat [B, D]."""
-        return torch.nn.functional.softplus(self.xhat).numpy(), torch.sigmoid(self.xhat).numpy()
 
     def backward(self, kl_weight: float) -> None:
         """grad [B, C] by p of a loss, whose gradient by xhat [B, D] stands there, plus kl_weight * kl."""

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from ..model import LatentModel, RowModel
 from ..observations import ColumnUnits, HiddenCells, Observations
+from ..one_thread import one_thread
 from ..optim import RowAdam
 from ..row_store import RowParameter
 from .cells import Cells, Source
@@ -100,7 +101,8 @@ class Trainer:
     ) -> None:
         """Train to the end of the plan, or until interrupted or told to stop (a true after_epoch(logs)).
 
-        after_epoch may change the model, its optimiser and their settings; after_step only looks at them.
+        after_epoch may change the model, its optimiser and their settings, but for lr, which every step takes from the
+        plan's schedule; after_step only looks at them.
         """
         progress, per_epoch = self.progress, self.plan.steps_per_epoch(len(self.data))
         if progress.stopped == "early":
@@ -204,17 +206,16 @@ class Trainer:
 
         Denormal numbers count as 0 meanwhile: moments that die out would each cost a hundred times the arithmetic.
         """
-        threads, kept = torch.get_num_threads(), _keeps_denormals()
+        kept = _keeps_denormals()
         row_numbers = self.data.num_columns + sum(
             p.shape[1] for p in self.model.parameters() if isinstance(p, RowParameter)
         )
-        if self.plan.batch_size * row_numbers < NUMBERS_FOR_THREADS:
-            torch.set_num_threads(1)
+        small = self.plan.batch_size * row_numbers < NUMBERS_FOR_THREADS
         torch.set_flush_denormal(True)
         try:
-            yield
+            with one_thread() if small else contextlib.nullcontext():
+                yield
         finally:
-            torch.set_num_threads(threads)
             torch.set_flush_denormal(not kept)
 
     def step(self, rows: np.ndarray, cells: Cells | None = None) -> None:
