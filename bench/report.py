@@ -59,8 +59,8 @@ def _machine(steps: Rows) -> str:
     machines = sorted({f"{line['machine']}; {line['versions']}" for line in steps})
     return (
         f"Measured on {' and on '.join(machines)}. All contestants of a workload take turns in one process and see the "
-        f"same data; times are medians. One that claims dense Adam is timed only if its loss differs from that of eager "
-        f"dense Adam in float64 by at most {TOLERANCE:g}, or by {ROUNDING:g} times as much as eager float32 does. "
+        f"same data; times are medians. One that claims dense Adam is timed only if its loss differs from that of "
+        f"eager dense Adam in float64 by at most {TOLERANCE:g}, or by {ROUNDING:g} times as much as eager float32. "
         f"rvi_fast's step is one call (fused), or forward, backward and the optimiser's step (apart). A first call "
         f"includes compilation; rvi_fast keeps what it has compiled on disk, so that only the first process waits for "
         f"it.\n"
