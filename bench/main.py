@@ -186,6 +186,7 @@ def _in_process(
         "OMP_NUM_THREADS": str(threads),
         "TORCHINDUCTOR_CACHE_DIR": f"{caches}/inductor",
         "TRITON_CACHE_DIR": f"{caches}/triton",
+        "NUMBA_CACHE_DIR": f"{caches}/numba",
         "JAX_COMPILATION_CACHE_DIR": "",
     }
     if arguments.device == "cpu":

@@ -19,7 +19,7 @@ from .settings import settings
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 COMMAND = "python -m rvi_fast.bench"
 RATIOS = {
-    EAGER: "eager dense Adam",
+    EAGER: "eager dense Adam (fused)",
     JAX: "JAX dense Adam",
     SPARSE: "SparseAdam (lazy)",
     APART: "ours, step apart",
@@ -59,8 +59,11 @@ def _machine(steps: Rows) -> str:
     machines = sorted({f"{line['machine']}; {line['versions']}" for line in steps})
     return (
         f"Measured on {' and on '.join(machines)}. All contestants of a workload take turns in one process and see the "
-        f"same data; times are medians. One that claims dense Adam is timed only if its loss follows eager dense Adam "
-        f"in float64 within {TOLERANCE:g}, or within {ROUNDING:g} times what eager float32 does.\n"
+        f"same data; times are medians. One that claims dense Adam is timed only if its loss differs from that of "
+        f"eager dense Adam in float64 by at most {TOLERANCE:g}, or by {ROUNDING:g} times as much as eager float32. "
+        f"rvi_fast's step is one call (fused), or forward, backward and the optimiser's step (apart). A first call "
+        f"includes compilation; rvi_fast keeps what it has compiled on disk, so that only the first process waits for "
+        f"it.\n"
     )
 
 
@@ -88,7 +91,8 @@ def _against_decoder(lines: Rows) -> str:
     floor = float(ours["percent_of_floor"])
     return (
         f"\nOurs takes {float(ours['times_decoder']):.2f} times the step of the bare decoder (forward, loss, backward, "
-        f"Adam). The bytes and products that a step needs would take {floor:.0f} % of its time.\n"
+        f"Adam). At this machine's rates of copies and matrix products, what a step must move and multiply would take "
+        f"{floor:.0f} % of its time.\n"
     )
 
 

@@ -809,7 +809,7 @@ class RVI(RowEstimator):
     "lazy" (see optim.RowAdam). activation: of the decoder. relay_std, coef_std, residual_std: of the normal initial
     values of relays, coefficients and residuals. log_std: its initial value. keep_empty_columns: let columns with
     nothing observed pass; they are filled with 0. seed: of everything random. device: "auto", "cpu", "cuda", ...
-    progress: a bar for work longer than two seconds.
+    progress: a bar for work longer than two seconds, and a line on stderr when loops are compiled for the CPU.
     """
 
     groups: Sequence[int]

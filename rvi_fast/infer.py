@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from . import dispatch, reference
 from .clock import AdamClock
@@ -23,11 +22,11 @@ from .observations import ColumnUnits, Observations
 from .one_thread import one_thread, stay_alone
 from .ops import fit_rows_cpu
 from .ops.fit_rows import fit_rows, row_gradients, unsupported
+from .progress import progress_bar
 from .reference import AdamHyper
 from .row_products import row_products
 from .starts import LinearStart
 from .train.plan import SCHEDULES
-from .train.trainer import BAR_DELAY_S
 
 BLOCK = 64  # rows that PyTorch fits together, always exactly so many: a row's bits do not depend on their call
 BLOCKS_AT_ONCE = 16  # that a thread takes at most
@@ -125,7 +124,6 @@ def fit_new_rows(
         start = LinearStart(model) if any(of_round.start == "linear" for of_round in plan.rounds()) else None
     weight, latent_dim = model.decoder.head.weight, model.posterior.latent_dim
     best = Found.none(len(data), model.posterior.table.dim, latent_dim, weight.dtype)
-    bar = tqdm(total=0, delay=BAR_DELAY_S, disable=not show_progress, unit="block", leave=False)
 
     def fit(of_round: InferencePlan, left: Tensor, block: slice) -> tuple[Any, Found]:
         rows: Any = block if len(left) == len(data) else left[block].numpy()  # files are quick at what adjoins
@@ -133,7 +131,7 @@ def fit_new_rows(
         given = (t.to(weight.device) for t in (best.parameters[rows], row_ids[rows], x, mask))
         return rows, Found(*(t.cpu() for t in _fit(fits, start, of_round, *given)))
 
-    with bar:
+    with progress_bar(show_progress, weight.device, total=0, unit="block") as bar:
         for of_round in plan.rounds():
             left = best.left.nonzero()[:, 0]
             if not len(left):

@@ -116,8 +116,8 @@ class RVIImputer(OneToOneFeatureMixin, _RVITransformer):
     their seed, are fitted; holes get the mean of their fillings. "auto": 3 for tables of up to 131,072 cells, where
     what one decoder learns is much chance, else 1; the time is as many times one RVI's. n_components: latent dimension.
     kl_weight, weight_decay: 0.7 and 0.2, by which hidden training cells of most tables were filled better than by RVI's
-    own (docs/tables.md); below a kl_weight of 1 score is no bound, and draws vary less. hidden, groups, active, lr,
-    row_lr, batch_size, epochs, device: as in rvi_fast.RVI.
+    own (docs/tables.md); below a kl_weight of 1 draws vary less, and what is maximised is not score, the ELBO. hidden,
+    groups, active, lr, row_lr, batch_size, epochs, device: as in rvi_fast.RVI.
     max_steps: an upper bound of the training steps. infer_steps: Adam steps a row in transform. transductive:
     fit_transform takes the rows' own posteriors from training (faster) instead of fitting them anew as
     fit(X).transform(X) does. sample_posterior: fill with one draw of p(missing | observed) under rvi_ instead of the

@@ -8,8 +8,13 @@ import numpy as np
 import pages
 import pytest
 import torch
+import torch.nn.functional as F
+
+from rvi_fast.nn import RowTable
+from rvi_fast.optim import RowAdam
 
 pytest.importorskip("sklearn")
+pd = pytest.importorskip("pandas")
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +45,8 @@ def test_quick_start(capsys):
     spread = names["high"] - names["low"]
     assert (spread[hidden] > 0).all() and not spread[~hidden].any()
     assert np.isfinite(names["filled_new"]).all() and len(names["odd"]) == 5
+    frames = names["model"].impute(pd.DataFrame(names["new"]), n_samples=2, steps=5)
+    assert [type(frame) for frame in frames] == [pd.DataFrame] * 2
 
 
 def test_images(capsys):
@@ -49,6 +56,8 @@ def test_images(capsys):
     observed, images = names["observed"], names["images"]
     assert np.array_equal(names["filled"][observed], images[observed])
     assert names["picture"].dtype == np.uint8
+    low, high = map(int, re.search(r"from about (-\d+) to (\d+)", pages.text("docs/images.md")).groups())
+    assert abs(names["filled"].min() - low) < 20 and abs(names["filled"].max() - high) < 20
     assert names["probability"].min() >= 0 and names["probability"].max() <= 1
 
 
@@ -80,6 +89,24 @@ def test_tables_with(need, names_of_tables):
     assert np.array_equal(filled[observed], names["X_train"].to_numpy()[observed])
 
 
+def test_data():
+    h5py, zarr, _ = map(pytest.importorskip, ("h5py", "zarr", "pyarrow"))
+    cells = np.random.default_rng(0).normal(size=(300, 3))
+    cells[::3, 1] = np.nan
+    np.save("cells.npy", cells)
+    pd.DataFrame(cells, columns=["age", "height", "dose"]).to_parquet("cells.parquet")
+    with h5py.File("cells.h5", "w") as file:
+        file["x"] = cells
+    zarr.save_array("cells.zarr", cells)
+    names: dict = {}
+    for block in pages.blocks("docs/data.md")[:2]:  # the third converts a file that only its owner has
+        exec(block, names)
+    assert np.array_equal(names["out"][~np.isnan(cells)], cells[~np.isnan(cells)])
+    assert np.isfinite(names["out"]).all()
+    for name in ("in_parquet", "in_hdf5", "in_zarr"):
+        np.testing.assert_array_equal(names[name][0:300], cells)
+
+
 def test_inference(capsys):
     pages.run("docs/inference.md")
     shares = [float(word) for word in capsys.readouterr().out.split()]
@@ -105,6 +132,22 @@ def test_pytorch(names_of_pytorch):
     torch.testing.assert_close(loaded, saved, rtol=0, atol=0)
     saved, loaded = names["optimizer"].state_dict(), names["its_optimizer"].state_dict()
     torch.testing.assert_close(loaded["state"], saved["state"], rtol=0, atol=0)
+
+
+def test_rows_by_the_weight_train_as_rows_by_the_module():
+    curves = []
+    for read in (lambda table, rows: table(rows), lambda table, rows: F.embedding(rows, table.weight)):
+        table, generator = RowTable(50, 4), torch.Generator().manual_seed(0)
+        optimizer = RowAdam(table.parameters(), lr=0.1)
+        for _ in range(20):
+            loss = (read(table, torch.randint(50, (5,), generator=generator)) - 1).square().sum()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        curves.append(table.weight.detach())
+        table.weight.detach().zero_()
+        assert torch.equal(table.weight, curves[-1])  # it was a copy
+    torch.testing.assert_close(*curves)
 
 
 @pytest.mark.parametrize("need", ["torch.compile", "accelerate", "lightning"])
@@ -141,7 +184,7 @@ def test_the_figures_of_when_not():
         rows = {(row["way"], row["steps"]): row for row in csv.DictReader(file) if row["model"] == "default"}
     default, encoder, short = rows["default", "250"], rows["encoder", "1"], rows["linear", "25"]
     assert f"`infer` does {float(default['rows_per_s']):,.0f} test images" in page
-    assert f"does {round(float(encoder['rows_per_s']), -1):,.0f}." in page
+    assert f"does {float(encoder['rows_per_s']):,.0f}." in page
     assert f"off by {float(encoder['missing_error']):.3f}" in page
     assert f"RVI is by {float(default['missing_error']):.3f}" in page
     assert f"get {float(short['missing_error']):.3f} at {float(short['rows_per_s']):,.0f} rows" in page

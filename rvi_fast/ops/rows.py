@@ -1,7 +1,6 @@
 """Rows of a table: reading them up to date, and their Adam step."""
 
-from __future__ import annotations
-
+# No `from __future__ import annotations`: pdoc cannot tell what the strings of a NamedTuple that is public stand for.
 from collections.abc import Sequence
 from typing import NamedTuple, cast
 

@@ -13,18 +13,17 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..model import LatentModel, RowModel
 from ..observations import ColumnUnits, HiddenCells, Observations
 from ..one_thread import one_thread
 from ..optim import RowAdam
+from ..progress import progress_bar
 from ..row_store import RowParameter
 from .cells import Cells, Source
 from .plan import SCHEDULES, Plan, Progress
 from .steps import CapturedStep, FusedStep, SeparateStep, fusable
 
-BAR_DELAY_S = 2.0  # work shorter than this shows no bar
 NUMBERS_FOR_THREADS = 1 << 18  # a batch with fewer numbers (its cells and its rows' parameters) trains on one thread
 STEPS_UNSEEN = 256  # a GPU is asked this often whether its loss is still finite
 
@@ -107,21 +106,14 @@ class Trainer:
         progress, per_epoch = self.progress, self.plan.steps_per_epoch(len(self.data))
         if progress.stopped == "early":
             return
-        bar = tqdm(
-            total=self.total,
-            initial=progress.step,
-            delay=BAR_DELAY_S,
-            disable=not show_progress,
-            unit="step",
-            leave=False,
-        )
+        bar_shown = progress_bar(show_progress, self.plan.device, total=self.total, initial=progress.step, unit="step")
         progress.stopped = "running"
         before = progress.history.get("seconds", [0.0])[-1]
         started = time.perf_counter() - before
         self.model.train()
         try:
             with (
-                bar, self.threads(), torch.enable_grad(), _interrupt_flag() as interrupted,
+                bar_shown as bar, self.threads(), torch.enable_grad(), _interrupt_flag() as interrupted,
                 self.ready(), contextlib.closing(self.cells()) as cells,
             ):  # fmt: skip
                 for rows, where in cells:
