@@ -4,10 +4,11 @@
     python -m rvi_fast.bench.inference --errors [--data mnist] [--missing 0.9] [--model paper] [--seed 1] [--quick]
 
 A model is fitted to the first rows of the training images, with holes; then rows of the test images, with holes of
-their own, are given to it. "eager" is the loop that published code runs, a minibatch at a time: autograd and
-torch.optim.Adam, with the same start, learning rates and steps as `prior`. "encoder" is a VAE with the same decoder and
-as many epochs. The elastic error is at the posterior mean, over all missing cells of the new rows (`missing_error`) or
-all observed ones. Lines go to bench/results/<device>/inference.csv, and docs/inference.md has the rows of `table`.
+their own, are given to it. "eager" is the loop that published code runs, a minibatch at a time: autograd, with relays
+and decoder frozen, and torch.optim.Adam(fused), with the same start, learning rates and steps as `prior`. "encoder" is
+a VAE with the same decoder and as many epochs. The elastic error is at the posterior mean, over all missing cells of
+the new rows (`missing_error`) or all observed ones. Lines go to bench/results/<device>/inference.csv, and
+docs/inference.md has the rows of `table`.
 
 With --errors nothing is timed: the test rows are given to `infer` once, with the model's settings, or, where CANDIDATES
 has several, with those that have the least error on a tenth of the training rows' observed cells, hidden from a first
@@ -18,6 +19,7 @@ of `error_table`.
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
 import time
 from collections.abc import Callable, Sequence
@@ -28,12 +30,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import rvi_fast
 from rvi_fast import RVI, VAE, data, masks, metrics
 from rvi_fast.estimators import Estimator
 from rvi_fast.infer import ROW_LR, ROW_SCHEDULE, InferencePlan, Posterior
 from rvi_fast.likelihoods import Gaussian
 from rvi_fast.model import RowModel
+from rvi_fast.nn import RelayPosterior
 
 from . import load, results
 
@@ -65,22 +67,36 @@ def split(name: str, train: int, new: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def eager(model: RVI, X: np.ndarray, mask: np.ndarray, steps: int) -> Tensor:
-    """Row parameters [M, C], one minibatch after the other."""
-    module, found = model.model_, []
+    """Row parameters [M, C], one minibatch after the other, as one would write it in PyTorch."""
+    module, found = copy.deepcopy(model.model_).requires_grad_(False), []
     assert isinstance(module, RowModel)
+    posterior, likelihood = module.posterior, module.likelihood
+    assert isinstance(posterior, RelayPosterior) and isinstance(likelihood, Gaussian)
+    groups, spans = list(posterior.groups), [sum(posterior.groups), posterior.latent_dim, posterior.latent_dim]
     plan = InferencePlan(steps, ROW_LR, ROW_SCHEDULE, model.seed)
-    ids = torch.arange(len(X))
+    ids, generator = torch.arange(len(X)), torch.Generator().manual_seed(model.seed)
     for start in range(0, len(X), BATCH):
         part = slice(start, start + BATCH)
         x = torch.from_numpy(X[part].astype(np.float32)) * float(np.float32(1 / 255))
-        seen = torch.from_numpy(mask[part])
-        p = torch.nn.Parameter(module.posterior.initial_values(ids[part]))
-        adam = torch.optim.Adam([p], lr=ROW_LR, betas=plan.hyper[:2])
+        weight = torch.from_numpy(mask[part]) / likelihood.scale()
+        target = x * weight
+        p = torch.nn.Parameter(posterior.initial_values(ids[part]))
+        adam = torch.optim.Adam([p], lr=ROW_LR, betas=plan.hyper[:2], fused=True)
         for step in range(steps):
             adam.param_groups[0]["lr"] = plan.lr_at(step)
             adam.zero_grad()
-            z, kl = module.posterior.sample_values(p, row_ids=ids[part], stream="infer", step=step, seed=model.seed)
-            module.row_loss(module.likelihood.nll(module.decoder(z), x, seen), kl).sum().backward()
+            coef, residual, log_std = p.split(spans, dim=1)
+            kept = torch.zeros_like(coef)
+            for of_group, to, active in zip(
+                coef.split(groups, 1), kept.split(groups, 1), posterior.active, strict=True
+            ):
+                to.scatter_(1, of_group.detach().abs().topk(active, dim=1).indices, 1.0)
+            mean = torch.addmm(residual, coef * kept, posterior.relays)
+            std = log_std.exp()
+            xhat = module.decoder(mean + std * torch.randn(mean.shape, generator=generator))
+            kl = 0.5 * (mean.square().sum() + std.square().sum()) - log_std.sum()
+            nll = 0.5 * torch.nn.functional.mse_loss(xhat * weight, target, reduction="sum")
+            (nll + module.kl_weight * kl).backward()
             adam.step()
         found.append(p.detach())
     return torch.cat(found)
@@ -134,8 +150,7 @@ def measure(model: Estimator, encoder: Estimator | None, cells: Any, quick: bool
         seconds, posterior = timed(functools.partial(model.infer, X, mask, **arguments))
         lines.append(line(model, way, steps, seconds, posterior, cells))
         print(lines[-1], flush=True)
-    with rvi_fast.backend("torch"):
-        seconds, p = timed(functools.partial(eager, model, X, mask, 25 if quick else 250))
+    seconds, p = timed(functools.partial(eager, model, X, mask, 25 if quick else 250))
     lines.append(line(model, "eager", 25 if quick else 250, seconds, p, cells))
     print(lines[-1], flush=True)
     if encoder is not None:
