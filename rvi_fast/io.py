@@ -83,7 +83,15 @@ def checkpoint(estimator: Estimator, dir: Any, trainer: Trainer) -> None:
 
 
 def make_folder(dir: Any) -> Path:
-    """The folder to write to, made if it is not there; one sentence if it cannot be, or holds something else."""
+    """The folder to write a model to, made if it is not there; one sentence if it holds something else."""
+    folder = writable_folder(dir)
+    if (folder / CONFIG).exists() and not any(folder.glob(TENSORS)):
+        raise FileExistsError(f"{folder} holds a {CONFIG} but no model of rvi_fast; choose another folder")
+    return folder
+
+
+def writable_folder(dir: Any) -> Path:
+    """A folder to write to, made if it is not there; one sentence if it cannot be."""
     folder = Path(dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -92,8 +100,6 @@ def make_folder(dir: Any) -> Path:
         raise NotADirectoryError(f"{folder} is a file, or lies under one; give a folder") from None
     except OSError as error:
         raise OSError(f"{folder} cannot be written to ({error.strerror}); choose another folder") from None
-    if (folder / CONFIG).exists() and not any(folder.glob(TENSORS)):
-        raise FileExistsError(f"{folder} holds a {CONFIG} but no model of rvi_fast; choose another folder")
     return folder
 
 
