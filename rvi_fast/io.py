@@ -303,7 +303,8 @@ def load(cls: type[Estimator], dir: Any, device: Any = None) -> Any:
     """The estimator that `save` wrote to dir, on the device it had or on the given one."""
     config, tensors = read(dir)
     if config["class"] != cls.__name__:
-        raise ValueError(f"{dir} holds a {config['class']}; load it with rvi_fast.{config['class']}.load")
+        article = "an" if config["class"] == "RVI" else "a"
+        raise ValueError(f"{dir} holds {article} {config['class']}; load it with rvi_fast.{config['class']}.load")
     params = dict(config["params"])
     params["likelihood"] = _likelihood_from(params["likelihood"])
     for name in ("hidden", "groups", "active"):
@@ -413,11 +414,17 @@ def load_training_state(dir: Any, estimator: Estimator, trainer: Trainer) -> Non
 def _check_same_run(dir: Any, config: dict[str, Any], estimator: Estimator, trainer: Trainer) -> None:
     ours, theirs = (_identity(c) for c in (json.loads(json.dumps(_config(estimator, True, trainer))), config))
     for name in theirs | ours:
-        if ours.get(name) != theirs.get(name):
+        if ours.get(name) == theirs.get(name):
+            continue
+        if name == "data":
             raise ValueError(
-                f"the checkpoint in {dir} belongs to a fit with {name} {theirs.get(name)!r}, not {ours.get(name)!r}; "
-                "use another checkpoint_dir"
+                f"the checkpoint in {dir} belongs to a fit with data other than this X and mask; give the X and mask "
+                "of that fit to go on with it, or use another checkpoint_dir"
             )
+        raise ValueError(
+            f"the checkpoint in {dir} belongs to a fit with {name} {theirs.get(name)!r}, not {ours.get(name)!r}; "
+            "use another checkpoint_dir"
+        )
 
 
 def _identity(config: dict[str, Any]) -> dict[str, Any]:
