@@ -94,15 +94,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
 
     demo = commands.add_parser("demo", help="train on handwritten digits with half of the pixels hidden, and compare")
-    demo.add_argument(
-        "-o", "--out", default="rvi-fast-demo", help="folder for the model and the picture (default: %(default)s)"
-    )
-    demo.add_argument(
-        "--seed", type=_at_least(0), default=0, help="of the holes and of the model (default: %(default)s)"
-    )
-    demo.add_argument("--epochs", type=_at_least(1), default=None, help="training epochs (default: the library's)")
-    demo.add_argument("--quiet", action="store_true", help="no progress bar")
-    demo.set_defaults(run=_demo)
+    _add_demo_options(demo)
 
     fit = _add_command(commands, "fit", FIT)
     fit.add_argument("-o", "--out", required=True, metavar="MODEL_DIR", help="folder that the model is written to")
@@ -159,6 +151,18 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     info = commands.add_parser("info", help="versions, backend and devices")
     info.set_defaults(run=_info)
     return parser, commands.choices
+
+
+def _add_demo_options(demo: argparse.ArgumentParser) -> None:
+    demo.add_argument(
+        "-o", "--out", default="rvi-fast-demo", help="folder for the model and the picture (default: %(default)s)"
+    )
+    demo.add_argument(
+        "--seed", type=_at_least(0), default=0, help="of the holes and of the model (default: %(default)s)"
+    )
+    demo.add_argument("--epochs", type=_at_least(1), default=None, help="training epochs (default: the library's)")
+    demo.add_argument("--quiet", action="store_true", help="no progress bar")
+    demo.set_defaults(run=_demo)
 
 
 def _add_command(commands: Any, name: str, text: Text) -> argparse.ArgumentParser:
