@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,14 @@ def widths(name: str, value: Any, other: Any = ...) -> None:
     is_sequence = isinstance(value, Sequence | np.ndarray) and not isinstance(value, str)
     if not is_sequence or not all(is_int(w) and w > 0 for w in value):
         raise ValueError(f"{name} must be a sequence of positive ints, such as (64, 64), or () for none; got {value!r}")
+
+
+def path(name: str, value: Any) -> Path:
+    """A file or a folder."""
+    try:
+        return Path(value)
+    except TypeError:
+        raise TypeError(f"{name} must be a str or a pathlib.Path; got {value!r}") from None
 
 
 def plain(value: Any) -> Any:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+import re
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
@@ -50,12 +52,17 @@ rvi-fast embed train-images-idx3-ubyte.gz -o embedding.npy --latent-dim 32""",
 DATA_KINDS = """\
 DATA is a table (.csv, .tsv, .parquet: some columns of numbers, any others pass through) or an
 array (.npy, .npz, or an idx file such as MNIST's: [rows, columns] or [images, height, width])."""
+DEVICES = "auto, cpu, cuda, or one GPU such as cuda:1"
 EXIT_CODES = "exit codes: 0 done, 1 an error (one sentence says which), 2 wrong usage, 130 interrupted"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
-    arguments = _parser().parse_args(argv)
+    given = sys.argv[1:] if argv is None else list(argv)
+    parser, commands = _parser()
+    if given and given[0] in commands:
+        _check_options(commands[given[0]], given[1:])
+    arguments = parser.parse_args(given)
     try:
         return arguments.run(arguments)
     except KeyboardInterrupt:
@@ -68,20 +75,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _parser() -> argparse.ArgumentParser:
+def _check_options(parser: argparse.ArgumentParser, given: Sequence[str]) -> None:
+    """Exit with the nearest option where one is misspelt: argparse would complain of what it lacks then, or of all."""
+    known = [option for option in parser._option_string_actions if option.startswith("--")]  # no public list of them
+    for argument in given:
+        name = argument.partition("=")[0]
+        if name == "--":
+            return
+        if not name.startswith("--") or " " in name or any(option.startswith(name) for option in known):
+            continue
+        close = difflib.get_close_matches(name, known, n=1)
+        parser.error(f"there is no option {name}; " + (f"did you mean {close[0]}?" if close else "--help lists them"))
+
+
+def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """The parser, and those of the commands."""
     parser = argparse.ArgumentParser(prog="rvi-fast", description="Relay Variational Inference, fast.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
 
     demo = commands.add_parser("demo", help="train on handwritten digits with half of the pixels hidden, and compare")
-    demo.add_argument(
-        "-o", "--out", default="rvi-fast-demo", help="folder for the model and the picture (default: %(default)s)"
-    )
-    demo.add_argument(
-        "--seed", type=_at_least(0), default=0, help="of the holes and of the model (default: %(default)s)"
-    )
-    demo.add_argument("--epochs", type=_at_least(1), default=None, help="training epochs (default: the library's)")
-    demo.add_argument("--quiet", action="store_true", help="no progress bar")
-    demo.set_defaults(run=_demo)
+    _add_demo_options(demo)
 
     fit = _add_command(commands, "fit", FIT)
     fit.add_argument("-o", "--out", required=True, metavar="MODEL_DIR", help="folder that the model is written to")
@@ -137,7 +150,19 @@ def _parser() -> argparse.ArgumentParser:
 
     info = commands.add_parser("info", help="versions, backend and devices")
     info.set_defaults(run=_info)
-    return parser
+    return parser, commands.choices
+
+
+def _add_demo_options(demo: argparse.ArgumentParser) -> None:
+    demo.add_argument(
+        "-o", "--out", default="rvi-fast-demo", help="folder for the model and the picture (default: %(default)s)"
+    )
+    demo.add_argument(
+        "--seed", type=_at_least(0), default=0, help="of the holes and of the model (default: %(default)s)"
+    )
+    demo.add_argument("--epochs", type=_at_least(1), default=None, help="training epochs (default: the library's)")
+    demo.add_argument("--quiet", action="store_true", help="no progress bar")
+    demo.set_defaults(run=_demo)
 
 
 def _add_command(commands: Any, name: str, text: Text) -> argparse.ArgumentParser:
@@ -168,7 +193,9 @@ def _add_fit_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--epochs", type=_at_least(1), metavar="N", help="training passes (default: by the data)")
     group.add_argument("--latent-dim", type=_at_least(1), metavar="N", help="numbers in a row's embedding")
     group.add_argument("--seed", type=_at_least(0), metavar="S", help="of everything random (default: 0)")
-    group.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")
+    group.add_argument(
+        "--device", type=_device, default="auto", help=f"{DEVICES} (default: auto, a GPU if there is one)"
+    )
 
 
 def _add_file_options(parser: argparse.ArgumentParser) -> None:
@@ -198,6 +225,12 @@ def _add_file_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--mask", metavar="MASK.npy", help="bool array of the shape of an npy, npz or idx array, True = observed"
     )
+
+
+def _device(text: str) -> str:
+    if not re.fullmatch("auto|cpu|cuda(:[0-9]+)?", text):
+        raise argparse.ArgumentTypeError(f"must be {DEVICES}; got {text!r}")
+    return text
 
 
 def _delimiter(text: str) -> str:

@@ -18,10 +18,12 @@ from numpy.typing import NDArray
 
 from . import RVI, VAD, VAE, io
 from .estimators import Estimator
-from .files import Array, Column, ReadOptions, Table, read, replacing
+from .files import Array, Column, ReadOptions, Table, read, replacing, write_npy
+from .observations import Observations
 
 METHODS: dict[str, Any] = {"rvi": RVI, "vad": VAD, "vae": VAE}
 TABLE_FILE, TABLE_VERSION = "table.json", 1  # beside a model that was fitted on a table: its columns
+ROWS_FILE = "rows.npy"  # beside a model: hashes of the rows that it was fitted on
 HIDDEN_SHARE = 0.1  # of the observed cells, for the estimate of the error
 REPORTED_COLUMNS = 60
 
@@ -44,6 +46,10 @@ class Job:
         if isinstance(self.file, Array):
             return self.file.observed
         return ~np.isnan(self.X.to_numpy())
+
+    def row_hashes(self) -> NDArray[np.int64]:
+        """Of each row's cells and holes [N]."""
+        return Observations(self.X, self.mask).row_ids().numpy()
 
 
 @dataclasses.dataclass
@@ -72,6 +78,8 @@ def fit(arguments: argparse.Namespace) -> int:
     interrupted = _fit(model, job.X, job.mask)
     model.save(folder, rows=False)
     _write_columns(folder / TABLE_FILE, job, options)
+    with replacing(folder / ROWS_FILE) as part:
+        write_npy(part, np.unique(job.row_hashes()))
     if interrupted:
         print(f"rvi-fast fit: interrupted; {folder} holds the model as trained so far", file=sys.stderr)
         return 130
@@ -88,13 +96,10 @@ def impute(arguments: argparse.Namespace) -> int:
     filled: Any = None
     errors = None
     if observed.all():
-        _say(arguments, "nothing is missing there; name other marks of missing cells by --missing")
+        _say(arguments, _nothing_missing(job))
     else:
         if not arguments.no_estimate:
-            _say(arguments, f"estimating the error on {HIDDEN_SHARE:.0%} of the observed cells")
-            errors = _estimate(job.X, observed, _filler(arguments, job, model), arguments.seed or 0)
-            if errors is None:
-                _say(arguments, "no estimate: too few observed cells, or all of them constant")
+            errors = _errors(arguments, job, model)
         _say(arguments, "imputing")
         filled = _filler(arguments, job, model)(job.mask, arguments.samples)
     holes = ~observed
@@ -121,7 +126,7 @@ def embed(arguments: argparse.Namespace) -> int:
     else:
         embedding = model.embed(job.X, job.mask)
     job.file.write_embedding(out, embedding)
-    _say(arguments, f"wrote {out}: {embedding.shape[0]} rows, {embedding.shape[1]} columns")
+    _say(arguments, f"wrote {out}: {_count(len(embedding), 'row')}, {_count(embedding.shape[1], 'column')}")
     return 0
 
 
@@ -169,7 +174,9 @@ def _load(arguments: argparse.Namespace) -> Estimator:
     classes = {cls.__name__: cls for cls in METHODS.values()}
     name = io.read_config(arguments.model)["class"]
     if name not in classes:
-        raise ValueError(f"{arguments.model} holds a {name!r}, which this rvi_fast does not know; upgrade rvi_fast")
+        raise ValueError(
+            f"{arguments.model} holds a model of class {name!r}, which this rvi_fast does not know; upgrade rvi_fast"
+        )
     model = classes[name].load(arguments.model, device=None if arguments.device == "auto" else arguments.device)
     model.progress = _shows_progress(arguments)
     if arguments.seed is not None:
@@ -282,10 +289,40 @@ def _filler(arguments: argparse.Namespace, job: Job, model: Estimator | None) ->
     return fill
 
 
-def _estimate(X: Any, observed: Bools, fill: Callable[..., Any], seed: int) -> Errors | None:
-    """Errors on observed cells hidden from the filling; None where there are none to hide, or only constant ones."""
+def _errors(arguments: argparse.Namespace, job: Job, model: Estimator | None) -> Errors | None:
+    """Errors on cells that neither the filling nor the training of the model has seen; None, and why, without any."""
+    unseen = _unseen_rows(arguments, job)
+    if not unseen.any():
+        _say(
+            arguments,
+            "no estimate of the error: the model was trained on these rows and knows their cells; leave out --model "
+            "to get one from a fit that does not see the cells it is tested on",
+        )
+        return None
+    where = "" if unseen.all() else f" in the {_count(unseen.sum(), 'row')} that the model was not trained on"
+    _say(arguments, f"estimating the error on {HIDDEN_SHARE:.0%} of the observed cells{where}")
+    errors = _estimate(job.X, job.observed, unseen, _filler(arguments, job, model), arguments.seed or 0)
+    if errors is None:
+        _say(arguments, "no estimate: too few observed cells, or all of them constant")
+    return errors
+
+
+def _unseen_rows(arguments: argparse.Namespace, job: Job) -> Bools:
+    """Which rows [N] the saved model was not trained on: all of them, if there is no model or it does not say."""
+    path = Path(arguments.model or "") / ROWS_FILE
+    if arguments.model is None or not path.exists():
+        return np.ones(len(job.X), dtype=bool)
+    try:
+        return ~np.isin(job.row_hashes(), np.load(path, allow_pickle=False))
+    except (ValueError, EOFError):
+        raise ValueError(f"{path} is damaged; delete it, or fit the model again") from None
+
+
+def _estimate(X: Any, observed: Bools, unseen: Bools, fill: Callable[..., Any], seed: int) -> Errors | None:
+    """Errors on observed cells of unseen rows, hidden from the filling; None without any, or if all are constant."""
     rng = np.random.default_rng([seed, *b"estimate"])  # not masks.mcar, which may have made the holes
-    shown = observed & (rng.random(observed.shape, dtype=np.float32) >= HIDDEN_SHARE)
+    hidden = (rng.random(observed.shape, dtype=np.float32) < HIDDEN_SHARE) & unseen[:, None]
+    shown = observed & ~hidden
     lost = ~shown.any(0)
     shown[:, lost] = observed[:, lost]  # a column keeps something to learn from
     rows, columns = np.nonzero(observed & ~shown)
@@ -324,10 +361,7 @@ def _checked_output(out: Path, arguments: argparse.Namespace) -> Path:
     for given in filter(None, (arguments.data, arguments.mask)):
         if out.exists() and os.path.samefile(out, given):
             raise ValueError(f"-o {out} would overwrite {given}; give another name")
-    if not out.parent.is_dir():
-        raise ValueError(f"there is no folder {out.parent}; make it first")
-    if not os.access(out.parent, os.W_OK):
-        raise ValueError(f"the folder {out.parent} cannot be written to; choose another")
+    io.writable_folder(out.parent)
     return out
 
 
@@ -357,8 +391,28 @@ def _decimals(here: Column, fitted: Column) -> int | None:
 def _described(job: Job) -> str:
     if isinstance(job.file, Array):
         return f"{job.path}: {job.file.X.dtype} {list(job.file.shape)}"
-    numbers = f"{len(job.positions)} of {len(job.file.columns)} columns are numbers"
-    return "; ".join(filter(None, (f"{job.path}: {job.file.num_rows} rows, {numbers}", job.file.note)))
+    of_all, verb = (
+        _count(len(job.file.columns), "column"),
+        "holds numbers" if len(job.positions) == 1 else "are numbers",
+    )
+    table = f"{job.path}: {_count(job.file.num_rows, 'row')}, {len(job.positions)} of {of_all} {verb}"
+    return f"{table}; {job.file.note}" if job.file.note else table
+
+
+def _nothing_missing(job: Job) -> str:
+    remedy = "name other marks of missing cells by --missing"
+    columns = [] if isinstance(job.file, Array) else job.file.columns
+    others = {column.kind for i, column in enumerate(columns) if i not in job.positions} - {"index"}
+    if not others:
+        return f"nothing is missing there; {remedy}"
+    return (
+        f"nothing is missing in the columns of numbers; {remedy}; columns of other kinds ({', '.join(sorted(others))}) "
+        "are never filled and stay as they are"
+    )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _say(arguments: argparse.Namespace, text: str) -> None:
@@ -371,7 +425,7 @@ def _report(job: Job, holes: Bools, errors: Errors | None) -> None:
     lines = [_array_line(job.file, holes)] if isinstance(job.file, Array) else _column_lines(job, holes, errors)
     if errors is not None:
         cells = errors.cells.sum()
-        on_hidden = f"on {cells} observed cells that were hidden"
+        on_hidden = f"on {_count(cells, 'observed cell')} that {'was' if cells == 1 else 'were'} hidden"
         if isinstance(job.file, Array):
             error, of_means = (np.sqrt(squares.sum() / cells) for squares in (errors.filling, errors.mean))
             lines.append(f"error: {error:.3g} (column means: {of_means:.3g}), root mean square {on_hidden}")
@@ -383,7 +437,7 @@ def _report(job: Job, holes: Bools, errors: Errors | None) -> None:
 
 
 def _array_line(array: Array, holes: Bools) -> str:
-    line = f"imputed {holes.sum()} of {holes.size} cells"
+    line = f"imputed {holes.sum()} of {_count(holes.size, 'cell')}"
     left = int((~array.observed).sum() - holes.sum())
     return f"{line}; left {left} empty, in columns with nothing observed" if left else line
 
@@ -400,7 +454,7 @@ def _column_lines(job: Job, holes: Bools, errors: Errors | None) -> list[str]:
         filled = int(holes[:, i].sum())
         values = job.X.iloc[:, i].to_numpy()[~holes[:, i]]
         constant = "constant, " if len(values) and (values == values[0]).all() else ""
-        done = f"imputed {filled} cell{'s' * (filled != 1)}" if filled else "complete"
+        done = f"imputed {_count(filled, 'cell')}" if filled else "complete"
         error = ""
         if errors is not None and errors.mean[i] > 0:
             of_filling, of_mean = (np.sqrt(squares[i] / errors.cells[i]) for squares in (errors.filling, errors.mean))
@@ -409,7 +463,7 @@ def _column_lines(job: Job, holes: Bools, errors: Errors | None) -> list[str]:
     shown = [("column", "what was done", "error" if errors is not None else ""), *rows[:REPORTED_COLUMNS]]
     widths = [max(len(row[i]) for row in shown) for i in (0, 1)]
     lines = [f"{name:<{widths[0]}}  {done:<{widths[1]}}  {error}".rstrip() for name, done, error in shown]
-    return lines if len(rows) < len(shown) else [*lines, f"and {len(rows) - REPORTED_COLUMNS} more columns"]
+    return lines if len(rows) < len(shown) else [*lines, f"and {_count(len(rows) - REPORTED_COLUMNS, 'more column')}"]
 
 
 def _passed_through(column: Column) -> str:

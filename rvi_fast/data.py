@@ -16,6 +16,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from . import arguments
+
 __all__ = [
     "SOURCES",
     "ParquetRows",
@@ -42,7 +44,10 @@ def load_idx(path: str | os.PathLike[str]) -> NDArray[Any]:
     The whole file is read and checked before anything is returned. Raises FileNotFoundError if there is none, and
     ValueError if it is no idx file, is damaged, or holds fewer or more bytes than its header says.
     """
-    content = Path(path).read_bytes()
+    file = arguments.path("path", path)
+    if not file.is_file():
+        raise FileNotFoundError(f"{path} is not a file; give the path of an idx file")
+    content = file.read_bytes()
     if content[:2] == b"\x1f\x8b":
         try:
             content = gzip.decompress(content)

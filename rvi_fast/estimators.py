@@ -46,6 +46,7 @@ MAX_DRAWS = 1 << 16  # the noise's counter has 16 bits for a draw
 MAX_LOG_STD = 20  # of a posterior's initial log standard deviation
 INFER_ARGUMENTS = ("steps", "lr", "protocol", "row_ids", "start", "stop_early")
 _default_generator = threading.Lock()  # PyTorch's, which modules' initial values come from; a fit borrows it
+NAMES_SHOWN = 5  # of columns, in a message
 PATIENCE = 0.2  # early stopping waits for this share of the epochs
 
 CellsOf = Callable[[slice], np.ndarray]  # of rows: their cells [B, D] in the model's units, float64
@@ -213,7 +214,7 @@ class Estimator:
         if (resume or checkpoint_every is not None) and checkpoint_dir is None:
             raise ValueError("resume and checkpoint_every need checkpoint_dir, the folder of the checkpoint")
         if checkpoint_dir is not None:
-            io.make_folder(checkpoint_dir)
+            io.make_folder(arguments.path("checkpoint_dir", checkpoint_dir))
         listed: list[Any] = list(callbacks) if isinstance(callbacks, Iterable) else [None]
         if not all(callable(callback) for callback in listed):
             raise TypeError(f"callbacks must be a sequence of functions (model, logs); got {callbacks!r}")
@@ -400,7 +401,10 @@ class Estimator:
         self._check_fitted()
         data = Observations(X, mask)
         if data.num_columns != self.n_features_in_:
-            raise ValueError(f"X has {data.num_columns} columns, but the model was fitted on {self.n_features_in_}")
+            raise ValueError(
+                f"X has {data.num_columns} columns, but the model was fitted on {self.n_features_in_}"
+                + _other_columns(data.names, self.feature_names_in_)
+            )
         if data.names and self.feature_names_in_ and data.names != self.feature_names_in_:
             first = next(i for i, (a, b) in enumerate(zip(data.names, self.feature_names_in_, strict=True)) if a != b)
             raise ValueError(
@@ -454,13 +458,13 @@ class Estimator:
             raise TypeError("mask needs X beside it; without X the training rows are used, with their own mask")
         if posterior is not None:
             self._check_posterior(X, posterior)
+        if unknown := set(infer) - set(INFER_ARGUMENTS):
+            raise TypeError(_unknown_result_argument(min(unknown)))
         if infer and (posterior is not None or X is None):
             why = "has no effect beside posterior" if X is not None else "needs X: training rows are not inferred again"
             raise TypeError(f"{next(iter(infer))} {why}; drop one of them")
         if posterior is not None:
             return posterior
-        if unknown := set(infer) - set(INFER_ARGUMENTS):
-            raise TypeError(f"infer has no argument {min(unknown)!r}; it takes {', '.join(INFER_ARGUMENTS)}")
         return self.posterior_ if X is None else self.infer(X, mask, **infer)
 
     def _check_posterior(self, X: Any, posterior: Any) -> None:
@@ -749,12 +753,12 @@ class Estimator:
         if optimizer and (self._fitted_by is None or not rows):
             why = "rows=True" if not rows else "a fit in this process, without val_cells and rows with nothing observed"
             raise ValueError(f"optimizer=True needs {why}; fit(checkpoint_dir=...) saves the training state of any fit")
-        io.save(self, dir, rows=rows, trainer=self._fitted_by if optimizer else None)
+        io.save(self, arguments.path("dir", dir), rows=rows, trainer=self._fitted_by if optimizer else None)
 
     @classmethod
     def load(cls, dir: str | os.PathLike, device: str | torch.device | None = None) -> Self:
         """Read what save wrote, to `device`: by default the saved one, or "auto" where that is not to be had."""
-        return io.load(cls, dir, device)
+        return io.load(cls, arguments.path("dir", dir), device)
 
 
 class RowEstimator(Estimator):
@@ -1012,9 +1016,36 @@ def _argument_defaults(cls: type[Estimator]) -> dict[str, Any]:
 
 def _unknown_argument(cls: type[Estimator], name: str) -> str:
     known = _argument_defaults(cls)
+    return f"{cls.__name__} has no argument {name!r}; {_nearest(name, known, known)}"
+
+
+def _unknown_result_argument(name: str) -> str:
+    """Of a method that gives the keywords which are not its own to infer."""
+    methods = (Estimator.impute, Estimator.predictive, Estimator.reconstruct, Estimator.score)
+    own = sorted({parameter for method in methods for parameter in inspect.signature(method).parameters})
+    known = INFER_ARGUMENTS if name in own else (*INFER_ARGUMENTS, *own)  # of another method
+    return f"infer has no argument {name!r}; {_nearest(name, known, INFER_ARGUMENTS)}"
+
+
+def _nearest(name: str, known: Iterable[str], shown: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {close[0]!r}?" if close else f"it takes {', '.join(known)}"
-    return f"{cls.__name__} has no argument {name!r}; {hint}"
+    return f"did you mean {close[0]!r}?" if close else f"it takes {', '.join(shown)}"
+
+
+def _other_columns(names: list[str] | None, fitted: list[str] | None) -> str:
+    """Which columns are lacking or too many, where both sides have names."""
+    if names is None or fitted is None:
+        return "; give the columns of the fit, in their order"
+    lists = {"lacks": set(fitted) - set(names), "also has": set(names) - set(fitted)}
+    differences = [f"{verb} {_listed(columns)}" for verb, columns in lists.items() if columns]
+    difference = " and ".join(differences) or "has names twice"
+    return f": it {difference}; give the columns of feature_names_in_, in their order"
+
+
+def _listed(columns: set[str]) -> str:
+    """The first few of them."""
+    shown = ", ".join(map(repr, sorted(columns)[:NAMES_SHOWN]))
+    return f"{shown} and {len(columns) - NAMES_SHOWN} more" if len(columns) > NAMES_SHOWN else shown
 
 
 def _empty_like(data: Observations) -> np.ndarray:

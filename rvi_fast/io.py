@@ -83,7 +83,15 @@ def checkpoint(estimator: Estimator, dir: Any, trainer: Trainer) -> None:
 
 
 def make_folder(dir: Any) -> Path:
-    """The folder to write to, made if it is not there; one sentence if it cannot be, or holds something else."""
+    """The folder to write a model to, made if it is not there; one sentence if it holds something else."""
+    folder = writable_folder(dir)
+    if (folder / CONFIG).exists() and not any(folder.glob(TENSORS)):
+        raise FileExistsError(f"{folder} holds a {CONFIG} but no model of rvi_fast; choose another folder")
+    return folder
+
+
+def writable_folder(dir: Any) -> Path:
+    """A folder to write to, made if it is not there; one sentence if it cannot be."""
     folder = Path(dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -92,8 +100,6 @@ def make_folder(dir: Any) -> Path:
         raise NotADirectoryError(f"{folder} is a file, or lies under one; give a folder") from None
     except OSError as error:
         raise OSError(f"{folder} cannot be written to ({error.strerror}); choose another folder") from None
-    if (folder / CONFIG).exists() and not any(folder.glob(TENSORS)):
-        raise FileExistsError(f"{folder} holds a {CONFIG} but no model of rvi_fast; choose another folder")
     return folder
 
 
@@ -297,7 +303,8 @@ def load(cls: type[Estimator], dir: Any, device: Any = None) -> Any:
     """The estimator that `save` wrote to dir, on the device it had or on the given one."""
     config, tensors = read(dir)
     if config["class"] != cls.__name__:
-        raise ValueError(f"{dir} holds a {config['class']}; load it with rvi_fast.{config['class']}.load")
+        article = "an" if config["class"] == "RVI" else "a"
+        raise ValueError(f"{dir} holds {article} {config['class']}; load it with rvi_fast.{config['class']}.load")
     params = dict(config["params"])
     params["likelihood"] = _likelihood_from(params["likelihood"])
     for name in ("hidden", "groups", "active"):
@@ -407,11 +414,17 @@ def load_training_state(dir: Any, estimator: Estimator, trainer: Trainer) -> Non
 def _check_same_run(dir: Any, config: dict[str, Any], estimator: Estimator, trainer: Trainer) -> None:
     ours, theirs = (_identity(c) for c in (json.loads(json.dumps(_config(estimator, True, trainer))), config))
     for name in theirs | ours:
-        if ours.get(name) != theirs.get(name):
+        if ours.get(name) == theirs.get(name):
+            continue
+        if name == "data":
             raise ValueError(
-                f"the checkpoint in {dir} belongs to a fit with {name} {theirs.get(name)!r}, not {ours.get(name)!r}; "
-                "use another checkpoint_dir"
+                f"the checkpoint in {dir} belongs to a fit with data other than this X and mask; give the X and mask "
+                "of that fit to go on with it, or use another checkpoint_dir"
             )
+        raise ValueError(
+            f"the checkpoint in {dir} belongs to a fit with {name} {theirs.get(name)!r}, not {ours.get(name)!r}; "
+            "use another checkpoint_dir"
+        )
 
 
 def _identity(config: dict[str, Any]) -> dict[str, Any]:

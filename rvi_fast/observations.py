@@ -18,6 +18,14 @@ from .blocks import BlockReader, is_read_by_slices, shape_and_dtype
 
 EXACT_INTEGERS = 1 << 53  # float64 holds every integer up to here
 FLOAT32_SCALES = (1e-37, 1e36)  # columns of a spread within are standardised in float32, others in float64
+OTHER_KINDS = {  # of NumPy's dtypes: what to do with an X of theirs
+    "O": "; np.asarray(X, dtype=float) reads what are numbers, and None as NaN",
+    "c": "; give X.real, or both parts as columns: np.hstack((X.real, X.imag))",
+}
+OF_COLUMNS = {  # and with a DataFrame's column
+    "O": "where it holds numbers use {column} = pd.to_numeric({column}), else ",
+    "c": "give its .real and .imag as two columns, ",
+}
 CELLS_AT_ONCE = 1 << 20  # whole-data passes go in blocks of about this many cells
 
 
@@ -158,6 +166,11 @@ def _as_matrix(X: Any, name: str) -> np.ndarray | BlockReader:
         raise TypeError(
             f"{name} must be a dense array, tensor or DataFrame [N, D]; got a sparse one; use {name}.toarray()"
         )
+    if hasattr(X, "to_frame"):
+        raise ValueError(
+            f"{name} must have shape [N, D]; got {list(X.shape)}; give one row of a DataFrame as {name}.to_frame().T, "
+            f"one column as {name}.to_frame()"
+        )
     if _is_frame(X):
         _check_frame(X)
         one_dtype = len(set(X.dtypes)) == 1 and isinstance(X.dtypes.iloc[0], np.dtype)
@@ -195,13 +208,14 @@ def _of_lists(X: Any, name: str) -> np.ndarray:
 
 def _check_matrix(shape: tuple[int, ...], dtype: np.dtype, name: str) -> None:
     if dtype.kind not in "biuf" or dtype.itemsize > 8:
-        remedy = "; np.asarray(X, dtype=float) reads what are numbers, and None as NaN" if dtype.kind == "O" else ""
-        found = f"{dtype}{remedy}"
+        found = f"{dtype}{OTHER_KINDS.get(dtype.kind, '')}"
         raise TypeError(f"{name} must hold bool, integer or float numbers of at most 64 bits; got dtype {found}")
-    if len(shape) != 2:
-        raise ValueError(f"{name} must have shape [N, D]; got {list(shape)}; use reshape(len(X), -1)")
     if 0 in shape:
         raise ValueError(f"{name} must have at least one row and one column; got shape {list(shape)}")
+    if len(shape) != 2:
+        as_row = "give one row as X[None] (a list as [X]), one column as X[:, None]"
+        remedy = as_row if len(shape) == 1 else "use reshape(len(X), -1)"
+        raise ValueError(f"{name} must have shape [N, D]; got {list(shape)}; {remedy}")
 
 
 def _check_labels(X: Any, mask: Any) -> None:
@@ -219,7 +233,8 @@ def _check_frame(X: Any) -> None:
         raise TypeError(f"X must be a dense array, tensor or pandas DataFrame; got {type(X)}; use X.to_numpy()")
     for column, dtype in zip(X.columns, X.dtypes, strict=True):
         if getattr(dtype, "kind", "O") not in "biuf":
-            raise TypeError(f"X's column {column!r} has dtype {dtype}; drop it, or encode it as numbers first")
+            remedy = OF_COLUMNS.get(getattr(dtype, "kind", "O"), "").format(column=f"X[{column!r}]")
+            raise TypeError(f"X's column {column!r} has dtype {dtype}; {remedy}drop it, or encode it as numbers first")
 
 
 def _to_float64(X: Any) -> np.ndarray:
@@ -239,11 +254,21 @@ def _as_mask(mask: Any, values: np.ndarray | BlockReader) -> np.ndarray | BlockR
         _check_mask(*shape_and_dtype(mask, "mask"), values)
         return BlockReader(mask, "mask", values if isinstance(values, BlockReader) else None)
     if _is_frame(mask):
-        array = mask.to_numpy()
+        array = _bools_of_frame(mask)
     else:
         array = _of_tensor(mask, "mask") if isinstance(mask, Tensor) else _of_lists(mask, "mask")
     _check_mask(array.shape, array.dtype, values)
     return array
+
+
+def _bools_of_frame(mask: Any) -> np.ndarray:
+    """A DataFrame's cells, where all columns are bool or pandas' nullable "boolean" without NA as bool."""
+    values = mask.to_numpy()
+    if values.dtype != object or any(getattr(dtype, "kind", "O") != "b" for dtype in mask.dtypes):
+        return values
+    if mask.isna().any(axis=None):
+        raise ValueError("mask must be True (observed) or False in every cell, but has NA; use mask.fillna(False)")
+    return mask.to_numpy(dtype=bool)
 
 
 def _check_mask(shape: tuple[int, ...], dtype: np.dtype, values: np.ndarray | BlockReader) -> None:

@@ -91,7 +91,18 @@ class _RVITransformer(TransformerMixin, BaseEstimator):
 
     def _values(self, X: Any, reset: bool) -> np.ndarray:
         """X as floats [N, D] with NaN in its holes."""
-        return validate_data(self, X, reset=reset, dtype=FLOAT_DTYPES, ensure_all_finite="allow-nan")
+        return self._validated(X, reset, ensure_all_finite="allow-nan")
+
+    def _validated(self, X: Any, reset: bool, **checks: Any) -> np.ndarray:
+        try:
+            return validate_data(self, X, reset=reset, dtype=FLOAT_DTYPES, **checks)
+        except ValueError as error:
+            if "could not convert" not in str(error) or (column := _column_of_text(X)) is None:
+                raise
+            raise ValueError(
+                f"{error} in X's column {column!r}; encode it as numbers first (OrdinalEncoder, OneHotEncoder), or "
+                "drop it"
+            ) from None
 
     def score(self, X: Any, y: Any = None) -> float:
         """Mean over rows of the ELBO of their observed cells, in nats, columns standardised as in fit; y is ignored."""
@@ -104,6 +115,16 @@ class _RVITransformer(TransformerMixin, BaseEstimator):
         tags.input_tags.allow_nan = True
         tags.transformer_tags.preserves_dtype = ["float64", "float32"]
         return tags
+
+
+def _column_of_text(X: Any) -> Any:
+    """The first column of a DataFrame that is no numbers; None if there is none, or X has no columns."""
+    for name in getattr(X, "columns", ()):
+        try:
+            np.asarray(X[name], dtype=float)
+        except (TypeError, ValueError):
+            return name
+    return None
 
 
 class RVIImputer(OneToOneFeatureMixin, _RVITransformer):
@@ -273,7 +294,7 @@ class RVIImputer(OneToOneFeatureMixin, _RVITransformer):
     def _values(self, X: Any, reset: bool) -> np.ndarray:
         if self._missing_is_nan():
             return super()._values(X, reset)
-        values = validate_data(self, X, reset=reset, dtype=FLOAT_DTYPES)
+        values = self._validated(X, reset)
         return np.where(values == values.dtype.type(self.missing_values), values.dtype.type(np.nan), values)
 
     def _missing_is_nan(self) -> bool:

@@ -79,12 +79,31 @@ def test_bad_numbers_are_named(capsys, arguments, sentence):
     assert sentence in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (
+            ["impute", "x.csv", "--modle", "m"],
+            "rvi-fast impute: error: there is no option --modle; did you mean --model?",
+        ),
+        (["fit", "x.csv", "-o", "m", "--epoch=3", "--sede=1"], "there is no option --sede; did you mean --seed?"),
+        (["bench", "--devise", "cpu"], "there is no option --devise; did you mean --device?"),
+        (["info", "--wherever"], "there is no option --wherever; --help lists them"),
+        (["embed", "x.csv", "-o", "z.npy", "--device", "gpu"], "--device: must be auto, cpu, cuda, or one GPU such as"),
+    ],
+)
+def test_misspelt_options_and_devices_are_refused_at_once(capsys, arguments, sentence):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(arguments)
+    assert sentence in capsys.readouterr().err
+
+
 def test_help_and_errors_are_for_people(tmp_path, capsys):
     for arguments in (["--help"], ["demo", "--help"]):
         with pytest.raises(SystemExit, match="0"):
             cli.main(arguments)
     assert "digits" in capsys.readouterr().out
-    for arguments in ([], ["dance"]):
+    for arguments in ([], ["dance"], ["--helpp"]):
         with pytest.raises(SystemExit, match="2"):
             cli.main(arguments)
     (tmp_path / "file").write_text("")
@@ -161,6 +180,29 @@ def test_a_model_matches_columns_by_name(cancer, model, tmp_path, capsys):
     assert "more                     not known to the model, passed through" in capsys.readouterr().err
     kinds = {c["name"]: c["kind"] for c in json.loads((model / "table.json").read_text())["columns"]}
     assert kinds[""] == "index" and kinds["mean area"] == "number" and len(kinds) == 31
+
+
+def test_the_error_is_estimated_on_rows_alone_that_the_model_has_not_seen(cancer, model, tmp_path, capsys):
+    cancer.to_csv(tmp_path / "same.csv")
+    cancer.iloc[::-3].to_csv(tmp_path / "some.csv")
+    new = cancer[:50].mask(cancer[:50] == "", "1.25")
+    pd.concat([cancer[:150], new]).to_csv(tmp_path / "more.csv")
+    reports = {}
+    for name in ("same", "some", "more"):
+        assert run("impute", tmp_path / f"{name}.csv", "-o", tmp_path / "o.csv", "--model", model, "--seed", 1) == 0
+        reports[name] = capsys.readouterr().err
+    for name in ("same", "some"):
+        assert "no estimate of the error: the model was trained on these rows" in reports[name]
+        assert "leave out --model" in reports[name] and "error: root" not in reports[name]
+    assert "10% of the observed cells in the 50 rows that the model was not trained on" in reports["more"]
+    hidden = int(reports["more"].split("root mean square on ")[1].split()[0])
+    assert abs(hidden - 0.1 * new.size) < 0.03 * new.size
+    (tmp_path / "m").mkdir()
+    for file in model.iterdir():
+        (tmp_path / "m" / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "m" / "rows.npy").write_bytes(b"damaged")
+    assert run("impute", tmp_path / "same.csv", "-o", tmp_path / "o.csv", "--model", tmp_path / "m", "--quiet") == 1
+    assert "rows.npy is damaged; delete it" in capsys.readouterr().err
 
 
 def test_columns_that_do_not_fit_the_model_are_named(cancer, model, tmp_path, capsys):
@@ -278,6 +320,8 @@ def test_idx_images_fit_and_embed(tmp_path):
         ("a,b\n1e39,1\n,2\n3e39,3\n", "imputed 1 cell", None),
         ("a,b\n1,2\n3,4\n", "nothing is missing there", "a,b\n1,2\n3,4\n"),
         ("a,b\n1,5\n2,\n", "no estimate: too few", "5"),
+        ("a,b,c,d\n1,x,,\n2,,,T\n", "columns of other kinds (empty, text) are never filled", "a,b,c,d\n1,x,,\n2,,,T\n"),
+        ("a\n1\n", "1 row, 1 of 1 column holds numbers", "a\n1\n"),
         ("a,b\n1,2\n3,oops\n4,5\n,6\n", "--missing=oops", None),
     ],
 )
@@ -296,7 +340,7 @@ def test_small_tables_end_in_a_right_result(tmp_path, capsys, text, report, expe
     [
         ("impute", "in.csv", "would overwrite"),
         ("impute", "out.parquet", "must end in .csv"),
-        ("impute", "nowhere/out.csv", "there is no folder"),
+        ("impute", "in.csv/out.csv", "is a file, or lies under one"),
         ("impute", "folder.csv", "is a folder"),
         ("embed", "out.xls", "must end in .csv, .tsv, .parquet or .npy"),
         ("fit", "in.csv", "is a file"),
@@ -309,6 +353,14 @@ def test_bad_outputs_are_refused_before_any_work(tmp_path, monkeypatch, capsys, 
     assert run(command, tmp_path / "in.csv", "-o", tmp_path / out) == 1
     assert sentence in capsys.readouterr().err
     assert (tmp_path / "in.csv").read_text() == "a,b\n1,2\n3,\n"
+
+
+def test_missing_folders_are_made(cancer, model, tmp_path, capsys):
+    cancer[:1].to_csv(tmp_path / "in.csv")
+    for command, name in (("impute", "o.csv"), ("embed", "z.npy")):
+        out = tmp_path / command / "deeper" / name
+        assert run(command, tmp_path / "in.csv", "-o", out, "--model", model) == 0 and out.exists()
+    assert "z.npy: 1 row, " in capsys.readouterr().err
 
 
 def test_tables_without_numbers_and_bad_cells_are_one_sentence(tmp_path, capsys):

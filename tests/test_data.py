@@ -86,8 +86,11 @@ def test_load_idx_refuses_foreign_files(tmp_path):
         path.write_bytes(content)
         with pytest.raises(ValueError, match="foreign is not an idx file"):
             load_idx(path)
-    with pytest.raises(FileNotFoundError):
-        load_idx(tmp_path / "absent")
+    for absent in (tmp_path / "absent", tmp_path):
+        with pytest.raises(FileNotFoundError, match=f"{absent} is not a file; give the path of an idx file"):
+            load_idx(absent)
+    with pytest.raises(TypeError, match=r"path must be a str or a pathlib.Path; got None"):
+        load_idx(None)
 
 
 @pytest.mark.parametrize(

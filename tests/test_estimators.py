@@ -198,17 +198,40 @@ def _inf(X):
 BAD_FITS = {
     "infinity": (lambda X: (_inf(X),), ValueError, r"X\[3, 1\] is inf; replace infinities"),
     "three axes": (lambda X: (X[None],), ValueError, r"X must have shape \[N, D\]; got \[1, 50, 6\]"),
+    "one row": (
+        lambda X: (X[0],),
+        ValueError,
+        r"got \[6\]; give one row as X\[None\] \(a list as \[X\]\), one column as",
+    ),
+    "a Series": (
+        lambda X: (pd.Series(X[0]),),
+        ValueError,
+        r"got \[6\]; give one row of a DataFrame as X.to_frame\(\).T",
+    ),
+    "an empty list": (lambda X: ([],), ValueError, "at least one row"),
     "no rows": (lambda X: (X[:0],), ValueError, "at least one row"),
     "complex": (lambda X: (X.astype(complex),), TypeError, "X must hold bool, integer or float numbers"),
+    "complex, its remedy": (lambda X: (X.astype(complex),), TypeError, r"give X.real, or both parts as columns"),
+    "complex column": (lambda X: (pd.DataFrame(X).astype({2: complex}),), TypeError, "give its .real and .imag as two"),
     "None": (lambda X: ([[1.0, None], [2.0, 3.0]],), TypeError, r"dtype object; np.asarray\(X, dtype=float\) reads"),
     "text": (lambda X: (X.astype(str),), TypeError, "X must hold bool, integer or float numbers"),
     "text column": (lambda X: (pd.DataFrame(X).astype({2: str}),), TypeError, "column 2 has dtype"),
+    "objects that are numbers": (
+        lambda X: (pd.DataFrame(X, columns=list("abcdef")).astype({"c": object}),),
+        TypeError,
+        r"column 'c' has dtype object; where it holds numbers use X\['c'\] = pd.to_numeric\(X\['c'\]\), else drop it",
+    ),
     "ragged": (lambda X: ([[1.0, 2.0], [3.0]],), ValueError, "X must be rectangular"),
     "NaN under mask True": (lambda X: (X, np.ones(X.shape, bool)), ValueError, "is NaN but mask says observed"),
     "a masked array": (lambda X: (np.ma.masked_invalid(X),), TypeError, "X is a masked array"),
     "nothing": (lambda X: (None,), TypeError, "X must be a dense array, tensor or DataFrame"),
     "sparse": (lambda X: (torch.from_numpy(X).to_sparse(),), TypeError, "tensor of layout torch.sparse_coo"),
     "huge integers": (lambda X: (np.full(X.shape, 2**60 + 1),), ValueError, "integers beyond 2"),
+    "mask with NA": (
+        lambda X: (X, pd.DataFrame(~np.isnan(X)).astype("boolean").mask(np.eye(*X.shape, dtype=bool))),
+        ValueError,
+        r"mask must be True \(observed\) or False in every cell, but has NA; use mask.fillna\(False\)",
+    ),
     "mask of ints": (lambda X: (X, np.isnan(X).astype(int)), TypeError, "mask must be bool"),
     "mask with columns in another order": (
         lambda X: (pd.DataFrame(X, columns=list("abcdef")), pd.DataFrame(~np.isnan(X), columns=list("fedcba"))),
@@ -428,8 +451,16 @@ def test_bad_calls():
     other = RVI(**{**SMALL, **RELAYS, "latent_dim": 7}).fit(table())
     with pytest.raises(ValueError, match="posterior has 7 latents, but the model has 4"):
         model.impute(table(), posterior=other.posterior_)
-    with pytest.raises(TypeError, match="infer has no argument 'stepz'"):
-        model.impute(table(), stepz=3)
+    for kw, match in (
+        ({"stepz": 3}, "infer has no argument 'stepz'; did you mean 'steps'"),
+        ({"nsamples": 3}, "infer has no argument 'nsamples'; did you mean 'n_samples'"),
+        ({"whatever": 3}, "infer has no argument 'whatever'; it takes steps, lr, "),
+    ):
+        for X in (table(), None):
+            with pytest.raises(TypeError, match=match):
+                model.impute(X, **kw)
+    with pytest.raises(TypeError, match="infer has no argument 'n_samples'; it takes steps"):
+        model.embed(table(), n_samples=3)
     with pytest.raises(ValueError, match="seed must be an int"):
         model.sample(3, seed="a")
     with pytest.raises(ValueError, match="has a value too far from the training data"):
@@ -441,6 +472,28 @@ def test_bad_calls():
     frame = pd.DataFrame(table(), columns=list("abcdef"))
     with pytest.raises(ValueError, match="column 0 is 'f', but the model was fitted with 'a' there"):
         fitted(RVI, SMALL | RELAYS, frame).impute(frame[list("fedcba")])
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (
+            lambda X: X.drop(columns="a"),
+            "X has 5 columns, but the model was fitted on 6: it lacks 'a'; give the columns of",
+        ),
+        (lambda X: X.assign(h=1.0, g=1.0), "X has 8 columns, .* on 6: it also has 'g', 'h'; give"),
+        (
+            lambda X: X.rename(columns=str.upper).assign(a=1.0),
+            "it lacks 'b', 'c', 'd', 'e', 'f' and also has .* 1 more; ",
+        ),
+        (lambda X: X[list("abcdeff")], "X has 7 columns, .* on 6: it has names twice; give"),
+        (lambda X: X.to_numpy()[:, 1:], "X has 5 columns, .* on 6; give the columns of the fit, in their order"),
+    ],
+)
+def test_columns_that_are_lacking_or_too_many_are_named(change, match):
+    frame = pd.DataFrame(table(), columns=list("abcdef"))
+    with pytest.raises(ValueError, match=match):
+        fitted(RVI, SMALL | RELAYS, frame).impute(change(frame))
 
 
 def test_bernoulli_needs_the_unit_interval():

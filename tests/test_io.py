@@ -232,7 +232,7 @@ def test_resume_into_another_run_is_refused(tmp_path):
     for kw, X, match in (
         ({"lr": 0.5}, table(), "belongs to a fit with lr 'auto', not 0.5"),
         ({"standardize": False}, table(), "belongs to a fit with standardize 'auto', not False"),
-        ({}, table(seed=3), "belongs to a fit with data"),
+        ({}, table(seed=3), "belongs to a fit with data other than this X and mask; give the X and mask of that fit"),
         ({}, table(49), "belongs to a fit with rows 50, not 49"),
     ):
         with pytest.raises(ValueError, match=match):
@@ -319,6 +319,23 @@ def test_the_wrong_class_is_named(tmp_path):
     VAD(**SMALL).fit(table()).save(tmp_path)
     with pytest.raises(ValueError, match=r"holds a VAD; load it with rvi_fast.VAD.load"):
         RVI.load(tmp_path)
+
+
+def test_the_article_is_right(tmp_path):
+    RVI(**KINDS[0][1]).fit(table()).save(tmp_path)
+    with pytest.raises(ValueError, match=r"holds an RVI; load it with rvi_fast.RVI.load"):
+        VAD.load(tmp_path)
+
+
+@pytest.mark.parametrize("folder", [None, 3])
+def test_what_is_no_path_is_named(folder):
+    with pytest.raises(TypeError, match=f"dir must be a str or a pathlib.Path; got {folder}"):
+        RVI.load(folder)
+    model = RVI(**KINDS[0][1]).fit(table())
+    with pytest.raises(TypeError, match=f"dir must be a str or a pathlib.Path; got {folder}"):
+        model.save(folder)
+    with pytest.raises(TypeError, match=r"checkpoint_dir must be a str or a pathlib.Path; got 3"):
+        model.fit(table(), checkpoint_dir=3)
 
 
 def test_no_flipped_bit_is_overlooked(tmp_path):

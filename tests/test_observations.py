@@ -66,6 +66,13 @@ def test_every_container_reads_the_same(make):
     assert np.array_equal(observed, ~np.isnan(X[[2, 5, 0]]))
 
 
+@pytest.mark.parametrize("dtypes", ["boolean", {0: "boolean"}, {}], ids=str)
+def test_a_mask_may_be_a_frame_of_nullable_bools(dtypes):
+    mask = np.random.default_rng(0).random((12, 3)) < 0.5
+    observed = Observations(np.ones((12, 3)), pd.DataFrame(mask).astype(dtypes)).read(slice(None))[1]
+    assert observed.dtype == bool and np.array_equal(observed, mask)
+
+
 @pytest.mark.parametrize("dtype", [bool, np.uint8, np.int16, np.int64])
 def test_integers_are_read_exactly(dtype):
     X = np.array([[0, 1], [1, 1]]).astype(dtype)

@@ -63,7 +63,8 @@ def test_reads_like_an_embedding(rows, dtype):
         (torch.tensor([0, -1]), IndexError, r"rows must lie in 0 \.\. 8; got -1"),
         (torch.tensor([0.0]), TypeError, r"rows must be an int64 tensor.*float32"),
         (torch.tensor([True]), TypeError, r"rows must be an int64 tensor.*bool"),
-        ([0, 1], TypeError, r"rows must be an int64 tensor.*list"),
+        ([0, 1], TypeError, r"rows must be an int64 tensor.*list; use torch.tensor\(rows\)"),
+        (3, TypeError, r"rows must be an int64 tensor.*int; use torch.tensor\(rows\)"),
     ],
 )
 def test_bad_rows(rows, error, message):

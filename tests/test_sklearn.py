@@ -429,6 +429,11 @@ def test_bad_tables_are_refused(cls):
         model.fit(np.array([[1.0, np.inf], [2.0, 3.0]]))
     with pytest.raises(ValueError, match="could not convert string to float"):
         model.fit(pd.DataFrame({"a": ["x", "y"], "b": [1.0, 2.0]}))
+    for given in ({}, {"missing_values": -1.0} if cls is RVIImputer else {}):
+        with pytest.raises(ValueError, match=r"'x' in X's column 'b'; encode it as numbers first \(OrdinalEncoder"):
+            cls(**SMALL, **given).fit(pd.DataFrame({"a": [1.0, 2.0], "b": ["1", "x"]}))
+    with pytest.raises(ValueError, match=r"could not convert string to float: 'x'$"):
+        model.fit([["x", 1.0], ["y", 2.0]])
     model.fit(table())
     with pytest.raises(ValueError, match=r"X has 4 features, but .* is expecting 5"):
         model.transform(table(d=4))

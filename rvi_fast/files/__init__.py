@@ -13,7 +13,7 @@ from .options import ReadOptions
 from .parquet import ParquetTable
 from .table import Column, Table
 from .text import TextTable, format_number
-from .writing import replacing
+from .writing import replacing, write_npy
 
 SUFFIXES = (*text.SUFFIXES, ".parquet", *arrays.SUFFIXES)
 

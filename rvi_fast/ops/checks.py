@@ -29,9 +29,8 @@ def values_at_hand(tensor: Tensor) -> bool:
 def check_rows(rows: Tensor, num_rows: int, name: str = "rows") -> None:
     """rows must be integer indices into num_rows rows. Values are checked on the CPU only: a GPU would have to wait."""
     if not isinstance(rows, Tensor) or rows.dtype not in (torch.int64, torch.int32):
-        raise TypeError(
-            f"{name} must be an int64 tensor of row indices; got {getattr(rows, 'dtype', type(rows).__name__)}"
-        )
+        found = rows.dtype if isinstance(rows, Tensor) else f"{type(rows).__name__}; use torch.tensor({name})"
+        raise TypeError(f"{name} must be an int64 tensor of row indices; got {found}")
     if values_at_hand(rows):
         low, high = torch.aminmax(rows)
         _check_range(int(low), int(high), num_rows, name)
