@@ -367,11 +367,11 @@ class Estimator:
         cosine (default 0.1). protocol: "row", each row by itself; "epochs", as minibatches of dense Adam over all M
         rows, the published way: with the training's row lr and schedule, from "prior", and never early. row_ids: int64
         [M], what the rows' noise is keyed by; default a hash of the row, so that a row's result does not depend on the
-        others in the call. start: "linear", the posterior under the decoder's tangent at z = 0 (ridge regression on the
-        observed cells), or "prior", the values that training rows start from. stop_early: rows that have converged
-        after a quarter of the steps take no more, those that have not after all of them, or in a place where their
-        cells are improbable, start again from the other start, and a row keeps the end with the highest ELBO; False, or
-        fewer than 158 steps: all in one descent.
+        others in the call. start: "linear", the posterior under the linear map that is closest to the decoder (ridge
+        regression on the observed cells), or "prior", the values that training rows start from. stop_early: rows that
+        have converged after a quarter of the steps take no more, those that have not after all of them, or in a place
+        where their cells are improbable, start again from the other start, and a row keeps the end with the highest
+        ELBO; False, or fewer than 158 steps: all in one descent.
         """
         data = self._new_rows(X, mask)
         self._check_inference(steps, lr, protocol, start, stop_early)

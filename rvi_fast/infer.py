@@ -16,6 +16,7 @@ from . import dispatch, reference
 from .clock import AdamClock
 from .elbo_step import form_of, shared_parameters
 from .likelihoods import Bernoulli, Gaussian, Likelihood
+from .linearization import Linearization
 from .model import RowModel
 from .nn import MLPDecoder, RelayPosterior
 from .observations import ColumnUnits, Observations
@@ -121,7 +122,8 @@ def fit_new_rows(
     """
     fits: Fits = FusedFits(model, plan.seed) if FusedFits.can_take(model, plan) else Fits(model, plan)
     with one_thread():  # its products' bits would depend on how many there are
-        start = LinearStart(model) if any(of_round.start == "linear" for of_round in plan.rounds()) else None
+        linear = any(of_round.start == "linear" for of_round in plan.rounds())
+        start = LinearStart(model, Linearization.of(model)) if linear else None
     weight, latent_dim = model.decoder.head.weight, model.posterior.latent_dim
     best = Found.none(len(data), model.posterior.table.dim, latent_dim, weight.dtype)
 

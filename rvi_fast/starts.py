@@ -1,13 +1,13 @@
-"""Where the fit of new rows starts, better than at random: from the decoder's linear part."""
+"""Where the fit of new rows starts, better than at random: from ridge regression."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from .likelihoods import Bernoulli, Gaussian, Likelihood
+from .likelihoods import Bernoulli
+from .linearization import Linearization
 from .model import RowModel
-from .nn import MLPDecoder
 
 COLUMNS_AT_ONCE = 1 << 22  # numbers of a block of columns' outer products; a model with no more keeps them
 ROWS_AT_ONCE = 1 << 24  # of the rows' systems, T^2 each: 64 MiB in float32, and as much for their factors
@@ -15,22 +15,21 @@ LEAST_WEIGHT = 1e-6  # of the prior, without which latents that nothing observes
 
 
 class LinearStart:
-    """The posterior of rows under the decoder's tangent at z = 0, where it is a Gaussian: ridge regression on the
-    observed cells.
+    """The posterior of rows under a linear decoder, where it is a Gaussian: ridge regression on the observed cells.
 
-    With f(z) ~ f(0) + J z, cell d of precision w_d (1/scale^2, or p(1-p) of a Bernoulli) and prior N(0, I) of weight
-    kl_weight, a row's posterior has the precision A = kl_weight I + sum over observed d of w_d J_d J_d^T and the mean
-    A^-1 sum of J_d g_d, where g_d is the gradient of log p(x_d) at z = 0. The closest distribution with independent
-    latents has this mean and the variances kl_weight / A_tt.
+    With xhat = offset + J z, cell d of precision w_d and trust t_d (see Linearization) and prior N(0, I) of weight
+    kl_weight, a row's posterior has the precision A = kl_weight I + sum over observed d of t_d w_d J_d J_d^T and the
+    mean A^-1 sum of t_d J_d g_d, where g_d is the gradient of log p(x_d) at z = 0. The closest distribution with
+    independent latents has this mean and the variances kl_weight / A_tt, of which the decoder's own slopes make
+    kl_weight / (kl_weight + gain_t (A_tt - kl_weight)).
     """
 
-    def __init__(self, model: RowModel):
-        self.model = model
-        self.at_origin, self.slope = _tangent(model.decoder, model.posterior.latent_dim)
-        self.precision = self._precision(model.likelihood)
-        columns, latent_dim = self.slope.shape
-        self.upper = torch.triu_indices(latent_dim, latent_dim, device=self.slope.device)
-        numbers = torch.arange(self.upper.shape[1], device=self.slope.device)
+    def __init__(self, model: RowModel, linear: Linearization):
+        self.model, self.linear = model, linear
+        self.precision = linear.trust * linear.precision
+        columns, latent_dim = linear.slope.shape
+        self.upper = torch.triu_indices(latent_dim, latent_dim, device=linear.slope.device)
+        numbers = torch.arange(self.upper.shape[1], device=linear.slope.device)
         place = numbers.new_empty(latent_dim, latent_dim)
         place[*self.upper] = place.T[*self.upper] = numbers
         self.place = place.flatten()  # in the triangle, of each entry of the whole
@@ -40,23 +39,14 @@ class LinearStart:
         self.outer = self._outer(self.spans[0]) if len(self.spans) == 1 else None  # else it would fill the memory
 
     @torch.no_grad()
-    def _precision(self, likelihood: Likelihood) -> Tensor:
-        """Minus the second derivative of log p(x_d) by xhat_d at the origin, [D]."""
-        if isinstance(likelihood, Bernoulli):
-            p = self.at_origin.sigmoid()
-            return p * (1 - p)
-        assert isinstance(likelihood, Gaussian)
-        return likelihood.scale().to(self.at_origin).square().reciprocal().expand_as(self.at_origin)
-
-    @torch.no_grad()
     def _outer(self, span: slice) -> Tensor:
         """The upper triangle of w_d J_d J_d^T of columns d, [d, T (T + 1) / 2]."""
-        slope, (i, j) = self.slope[span], self.upper
+        slope, (i, j) = self.linear.slope[span], self.upper
         return slope[:, i] * (self.precision[span, None] * slope)[:, j]
 
     @torch.no_grad()
     def __call__(self, p: Tensor, x: Tensor, mask: Tensor) -> Tensor:
-        """p [B, C] with residual and log_std such that the rows' posteriors are those of the tangent.
+        """p [B, C] with residual and log_std such that the rows' posteriors are those under the linear decoder.
 
         x [B, D] in the model's units, anything where mask (bool [B, D]) is False. A row whose equations are too ill
         conditioned for its dtype stays as it is.
@@ -70,24 +60,13 @@ class LinearStart:
         precision = upper[:, self.place].view(-1, latent_dim, latent_dim)
         del upper  # half as large as what follows
         precision.diagonal(dim1=1, dim2=2).add_(kl_weight)
-        error = self.model.likelihood.mean(self.at_origin) - x
-        pull = torch.where(mask, error, 0.0)
+        pull = torch.where(mask, x - self.model.likelihood.mean(self.linear.offset), 0.0) * self.linear.trust
         if not isinstance(self.model.likelihood, Bernoulli):
-            pull = pull * self.precision
+            pull = pull * self.linear.precision
         factor, failed = torch.linalg.cholesky_ex(precision)
-        mean = torch.cholesky_solve(-(pull @ self.slope)[:, :, None], factor)[:, :, 0]
-        log_std = 0.5 * (kl_weight / precision.diagonal(dim1=1, dim2=2)).log()
+        mean = torch.cholesky_solve((pull @ self.linear.slope)[:, :, None], factor)[:, :, 0]
+        learned = self.linear.gain * (precision.diagonal(dim1=1, dim2=2) - kl_weight)
+        log_std = -0.5 * (learned / kl_weight).log1p()
         moved = posterior.moved(p, mean, log_std)
         solved = (failed == 0) & moved.isfinite().all(1)
         return torch.where(solved[:, None], moved, p)
-
-
-def _tangent(decoder: MLPDecoder, latent_dim: int) -> tuple[Tensor, Tensor]:
-    """f(0) [D] and its slope [D, T]."""
-    with torch.enable_grad():
-        origin = decoder.head.weight.new_zeros(latent_dim, latent_dim, requires_grad=True)  # a row for each latent
-        xhat = decoder(origin)
-        along = torch.zeros_like(xhat, requires_grad=True)
-        (by_origin,) = torch.autograd.grad(xhat, origin, along, create_graph=True)  # linear in `along`, by the slope
-        (slope,) = torch.autograd.grad(by_origin.diagonal().sum(), along)
-    return xhat[0].detach(), slope.T.contiguous()

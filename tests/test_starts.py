@@ -8,6 +8,7 @@ import torch
 
 from rvi_fast import VAD
 from rvi_fast.likelihoods import Bernoulli, Gaussian
+from rvi_fast.linearization import Linearization
 from rvi_fast.model import RowModel
 from rvi_fast.nn import MeanFieldPosterior, MLPDecoder, RelayPosterior
 from rvi_fast.starts import LinearStart
@@ -36,7 +37,7 @@ def cells(columns=COLUMNS):
 def start_of(model, x, mask):
     ids = torch.arange(ROWS)
     before = model.posterior.initial_values(ids)
-    return before, LinearStart(model)(before, x, mask)
+    return before, LinearStart(model, Linearization.of(model))(before, x, mask)
 
 
 @pytest.mark.parametrize("likelihood", [Gaussian(0.3), Gaussian("learned")])
@@ -67,24 +68,67 @@ def test_a_row_with_nothing_observed_starts_at_the_prior():
     assert model.posterior.mean_of(p)[0].abs().max() < 1e-12 and model.posterior.log_std_of(p)[0].abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("likelihood", [Gaussian(0.3), Bernoulli()])
-def test_it_takes_one_newton_step_from_the_origin(likelihood):
-    model = make(likelihood, hidden=() if isinstance(likelihood, Bernoulli) else (6,))
+def trained(likelihood=None, hidden=(6,)):
+    """A decoder that is far from linear where its rows lie, which is far from 0."""
+    model = make(likelihood or Gaussian(0.3), hidden=hidden)
+    with torch.no_grad():
+        for parameter in model.decoder.parameters():
+            parameter.mul_(3.0)
+    table = model.posterior.table
+    generator = torch.Generator().manual_seed(2)
+    table.assign(2 + torch.randn(ROWS, LATENTS, generator=generator, dtype=torch.float64), "residual")
+    table.assign(torch.full((ROWS, LATENTS), -0.5, dtype=torch.float64), "log_std")
+    return model.requires_grad_(False)
+
+
+@pytest.mark.parametrize("likelihood", [Gaussian(0.3), Gaussian("learned"), Bernoulli()])
+def test_the_linear_map_is_the_closest_one_where_the_rows_lie(likelihood):
+    model = trained(likelihood)
+    linear = Linearization.of(model)
+    rows, generator = torch.arange(ROWS).repeat(4000), torch.Generator().manual_seed(3)
+    mean, spread = model.posterior.mean(rows).detach(), model.posterior.log_std(rows).exp().detach()
+    z = mean + spread * torch.randn(mean.shape, generator=generator, dtype=torch.float64)
+    xhat = model.decoder(z).detach()
+    missed = (xhat - linear.offset - z @ linear.slope.T).square().mean(0)
+    tangent_at = z.mean(0, keepdim=True)
+    tangent = torch.autograd.functional.jacobian(lambda z: model.decoder(z[None])[0], tangent_at[0])
+    by_tangent = (xhat - model.decoder(tangent_at).detach() - (z - tangent_at) @ tangent.T).square().mean(0)
+    best = torch.linalg.lstsq(torch.cat((torch.ones(len(z), 1).double(), z), 1), xhat)
+    least = (xhat - torch.cat((torch.ones(len(z), 1).double(), z), 1) @ best.solution).square().mean(0)
+    assert missed.sum() < 1.1 * least.sum() < by_tangent.sum()
+    information = (
+        xhat.sigmoid() * (1 - xhat.sigmoid()) if isinstance(likelihood, Bernoulli) else likelihood.scale() ** -2
+    )
+    torch.testing.assert_close(linear.precision, (information + 0 * xhat).mean(0).detach(), rtol=0.2, atol=1e-3)
+    torch.testing.assert_close(linear.trust, 1 / (1 + linear.precision * missed), rtol=0.3, atol=0.02)
+
+
+def test_standard_deviations_are_those_of_the_decoders_own_slopes():
+    model = trained()
+    linear, z = Linearization.of(model), model.posterior.mean(torch.arange(ROWS)).detach()
+    z = z.repeat(300, 1)
+    z += math.exp(-0.5) * torch.randn(z.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    slopes = torch.func.vmap(torch.func.jacrev(lambda z: model.decoder(z[None])[0]))(z).detach()  # [n, D, T]
+    precision = 1 + (slopes / 0.3).square().sum(1).mean(0)
+    every = torch.ones(ROWS, COLUMNS, dtype=torch.bool)
+    _, p = start_of(model, torch.zeros(ROWS, COLUMNS, dtype=torch.float64), every)
+    expected = -0.5 * precision.log().expand(ROWS, -1)
+    torch.testing.assert_close(model.posterior.log_std_of(p).detach(), expected, rtol=0, atol=0.15)
+    assert not torch.allclose(linear.gain, torch.ones_like(linear.gain), atol=0.2)
+
+
+def test_a_bernoulli_start_raises_the_probability_of_what_is_seen():
+    model = trained(Bernoulli())
     x, mask = cells()
-    x = (x > 0).double() if isinstance(likelihood, Bernoulli) else x
+    x = torch.where(mask, (x > 0).double(), torch.nan)
     _, p = start_of(model, x, mask)
-    slope = torch.autograd.functional.jacobian(lambda z: model.decoder(z[None])[0], torch.zeros(LATENTS).double())
-    for row in range(1, ROWS):
-
-        def tangent_loss(z, row=row):
-            xhat = model.decoder(torch.zeros(1, LATENTS).double()).detach() + (slope @ z)[None]
-            return model.likelihood.nll(xhat, x[row : row + 1], mask[row : row + 1])[0] + 0.5 * z @ z
-
-        origin = torch.zeros(LATENTS).double()
-        hessian = torch.autograd.functional.hessian(tangent_loss, origin)
-        gradient = torch.autograd.functional.jacobian(tangent_loss, origin)
-        torch.testing.assert_close(model.posterior.mean_of(p)[row].detach(), -torch.linalg.solve(hessian, gradient))
-        torch.testing.assert_close(model.posterior.log_std_of(p)[row].detach(), -0.5 * hessian.diagonal().log())
+    linear = Linearization.of(model)
+    origin, started = (
+        linear.offset.expand(ROWS, -1),
+        linear.offset + model.posterior.mean_of(p).detach() @ linear.slope.T,
+    )
+    before, after = (model.likelihood.nll(xhat, x, mask) for xhat in (origin, started))
+    assert (after <= before).all() and after[1:].sum() < 0.9 * before[1:].sum()
 
 
 def test_columns_in_several_blocks(monkeypatch):
@@ -105,7 +149,7 @@ def test_rows_are_bounded_by_their_systems(monkeypatch):
     torch.testing.assert_close(model.infer(X, steps=2).mean, whole.mean, rtol=1e-4, atol=1e-4)
     assert set(sizes) == {5}
     monkeypatch.setattr("rvi_fast.starts.ROWS_AT_ONCE", 2)
-    assert LinearStart(model.model_).rows_at_once == 1
+    assert LinearStart(model.model_, Linearization.of(model.model_)).rows_at_once == 1
 
 
 def test_it_does_not_see_what_holes_hold():
