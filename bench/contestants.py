@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from .peers.decoder import DecoderStep
+from .peers.kept import KeptGradientsStep
 from .peers.sparse import SparseAdamStep
 from .peers.vae import VAEStep
 from .steps import Data, DenseAdamStep, Peer, RowAdamStep, Sizes
@@ -16,6 +17,7 @@ from .steps import Data, DenseAdamStep, Peer, RowAdamStep, Sizes
 DENSE, LAZY, NONE = "dense Adam", "lazy Adam, a different algorithm", "no table of rows"
 OURS, APART, DECODER = "rvi_fast, fused", "rvi_fast, apart", "decoder alone"
 EAGER, EAGER_FOREACH, COMPILED = "eager, Adam(fused)", "eager, Adam(foreach)", "torch.compile, Adam(fused)"
+KEPT = "eager, kept gradients, Adam(fused)"
 SPARSE, JAX, VAE = "SparseAdam", "JAX, jit of lax.scan", "VAE"
 Make = Callable[[Sizes, Data, torch.device, bool], Peer]
 
@@ -60,6 +62,7 @@ ENTRIES = (
     Entry(APART, DENSE, 3, lambda s, d, device, dry: RowAdamStep(s, d, fused=False)),
     Entry(EAGER_FOREACH, DENSE, 6, lambda s, d, device, dry: DenseAdamStep(s, d, None, adam="foreach")),
     Entry(EAGER, DENSE, 4, lambda s, d, device, dry: DenseAdamStep(s, d, None)),
+    Entry(KEPT, DENSE, 4, lambda s, d, device, dry: KeptGradientsStep(s, d, None)),
     Entry(COMPILED, DENSE, 4, _compiled),
     Entry(JAX, DENSE, 5, _jax, "jax"),
     Entry(SPARSE, LAZY, 3, lambda s, d, device, dry: SparseAdamStep(s, d, None)),

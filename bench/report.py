@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from . import results
-from .contestants import APART, DECODER, EAGER, ENTRIES, JAX, OURS, SPARSE
+from .contestants import APART, DECODER, EAGER, ENTRIES, JAX, KEPT, OURS, SPARSE
 from .curves import ROUNDING, TOLERANCE
 from .settings import settings
 
@@ -20,6 +20,7 @@ BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 COMMAND = "python -m rvi_fast.bench"
 RATIOS = {
     EAGER: "eager dense Adam (fused)",
+    KEPT: "the same, gradients kept",
     JAX: "JAX dense Adam",
     SPARSE: "SparseAdam (lazy)",
     APART: "ours, step apart",

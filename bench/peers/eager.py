@@ -61,12 +61,18 @@ class EagerRVI(nn.Module):
 
     def forward(self, rows: Tensor, x: Tensor, mask: Tensor, noise: Tensor) -> Tensor:
         """Mean negative ELBO of a batch. rows [B], x [B, D], mask [B, D] bool, noise [B, T]."""
-        coef = self.coef(rows)
+        coef, residual, log_std = (embedding(rows) for embedding in self.embeddings)
+        return self.of_rows(coef, residual, log_std, x, mask, noise)
+
+    def of_rows(
+        self, coef: Tensor, residual: Tensor, log_std: Tensor, x: Tensor, mask: Tensor, noise: Tensor
+    ) -> Tensor:
+        """The same, of the rows' own parameters [B, ..]."""
         kept = torch.zeros_like(coef)  # multiplying all relays takes half the time of gathering the largest's
         for part, to, active in zip(coef.split(self.groups, 1), kept.split(self.groups, 1), self.active, strict=True):
             to.scatter_(1, part.detach().abs().topk(active, dim=1).indices, 1.0)
-        mean = torch.addmm(self.residual(rows), coef * kept, self.relays)
-        return negative_elbo(self.decoder, mean, self.log_std(rows), x, mask, noise, self.scale)
+        mean = torch.addmm(residual, coef * kept, self.relays)
+        return negative_elbo(self.decoder, mean, log_std, x, mask, noise, self.scale)
 
 
 def mlp(widths: Sequence[int]) -> nn.Sequential:
