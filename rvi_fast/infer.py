@@ -190,6 +190,11 @@ def _fit(
             at_once = min(fits.parts_of_products.most, start.rows_at_once)
             (begin,) = by_parts(lambda *given: (start(*given),), Parts(at_once, at_once), begin, *rows[1:])
         found, v, reached = by_parts(functools.partial(fits.fit, plan), fits.parts_of_fit, begin, *rows)
+        if plan.start == "linear":  # which may be the optimum itself, around which steps wander
+            (at_start,) = by_parts(fits.elbo, fits.parts_of_fit, begin, *rows)
+            fell = (at_start > reached) | reached.isnan()
+            found = torch.where(fell[:, None], begin, found)
+            reached = torch.where(fell, at_start, reached)
         p[seen], elbo[seen] = found, reached
         converged[seen] = stays = _cannot_gain(fits, plan, found, v, reached, *rows)
         left[seen] = ~stays | _improbable(fits.model.likelihood, reached, *rows[1:])

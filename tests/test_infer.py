@@ -119,6 +119,19 @@ def test_the_linear_start_is_ahead():
     assert linear.elbo.mean() > prior.elbo.mean() + 1
 
 
+@pytest.mark.parametrize("lr, worse", [(0.1, 0.5), (1e4, 0.99)])
+def test_a_row_does_not_end_below_its_linear_start(lr, worse):
+    """Which is the optimum where the decoder is linear, so that steps can only wander off, or far away."""
+    model = VAD(**MODELS[2][1] | {"epochs": 60, "lr": 1e-2}).fit(data(200, 13, seed=1))
+    X = data(150, 13)
+    at_start = model.infer(X, steps=1, lr=1e-12)
+    found, from_prior = (model.infer(X, steps=20, lr=lr, start=start) for start in ("linear", "prior"))
+    assert (found.elbo >= at_start.elbo - 1e-4 * (1 + at_start.elbo.abs())).all()
+    assert (~(from_prior.elbo >= at_start.elbo)).float().mean() > worse
+    stayed = (found.mean - at_start.mean).abs().amax(1) < 1e-4
+    assert stayed.float().mean() > worse and found.elbo.isfinite().all()
+
+
 def test_rows_that_have_converged_take_no_more_steps(monkeypatch):
     monkeypatch.setattr(infer, "IMPROBABLE", math.inf)
     model = RVI(**{**MODELS[0][1], "epochs": 60, "lr": 1e-2}).fit(data(200, 13, seed=1))
