@@ -1,4 +1,4 @@
-"""A decoder as new rows meet it: the linear map closest to it where the rows that it was trained on lie."""
+"""The linear map that is closest to a decoder under the prior, and how close it is."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ POSITION, CELL = 0, 1  # steps of the stream "infer" that key the draws' noise
 
 @dataclasses.dataclass
 class Linearization:
-    """xhat ~ offset + slope z by least squares over draws of z from the posteriors of rows of the table.
+    """xhat ~ offset + slope z by least squares over draws of z from the prior N(0, I).
 
     offset [D]; slope [D, T]; precision w [D]: mean of a cell's information about xhat (1/scale^2, or p(1-p) of a
     Bernoulli); trust [D]: 1 / (1 + w e^2) where the map misses xhat by e in the root mean square; gain [T]: the mean
@@ -61,16 +61,11 @@ def _least_squares(z: Tensor, xhat: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return at_centre - slope @ z.mean(0), slope, missed
 
 
-@torch.no_grad()
 def _draws(model: RowModel) -> Tensor:
-    """z [n, T] of rows of the table that lie evenly, each as often as any other."""
-    posterior = model.posterior
-    columns, latent_dim = model.decoder.head.out_features, posterior.latent_dim
+    """z [n, T] of the prior."""
+    columns, latent_dim = model.decoder.head.out_features, model.posterior.latent_dim
     n = max(min(DRAWS, CELLS // columns), DRAWS_A_LATENT * latent_dim)
-    rows = torch.arange(n, device=model.decoder.head.weight.device) * max(posterior.num_rows, n) // n
-    rows %= posterior.num_rows
-    spread = posterior.log_std(rows).exp()
-    return posterior.mean(rows) + spread * _normal(model, POSITION, n, latent_dim)
+    return _normal(model, POSITION, n, latent_dim)
 
 
 def _normal(model: RowModel, step: int, rows: int, columns: int) -> Tensor:

@@ -144,7 +144,9 @@ def test_rows_that_have_converged_take_no_more_steps(monkeypatch):
     assert torch.equal(bits(early)[done], bits(first)[done]) and early.converged[done].all()
     kept = (bits(early) == bits(first)).all(1)
     assert (early.elbo[~kept] > first.elbo[~kept]).all(), "a row that went on keeps the better of its ends"
-    assert kept[~done].float().mean() < 0.2
+    at_start = model.infer(X, steps=1, lr=1e-12)
+    moved = ~done & (first.elbo > at_start.elbo + 1e-4)  # the others' start is the best that any descent has met
+    assert moved.sum() > 5 and kept[moved].float().mean() < 0.2
     assert early.elbo[~done].mean() > first.elbo[~done].mean()
     assert early.elbo.mean() > whole.elbo.mean() - 0.02 * (1 + whole.elbo.abs().mean())
     some = torch.cat((done.nonzero()[:5, 0], (~done).nonzero()[:5, 0])).numpy()

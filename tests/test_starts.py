@@ -68,31 +68,29 @@ def test_a_row_with_nothing_observed_starts_at_the_prior():
     assert model.posterior.mean_of(p)[0].abs().max() < 1e-12 and model.posterior.log_std_of(p)[0].abs().max() < 1e-12
 
 
-def trained(likelihood=None, hidden=(6,)):
-    """A decoder that is far from linear where its rows lie, which is far from 0."""
-    model = make(likelihood or Gaussian(0.3), hidden=hidden)
+def bent(likelihood=None):
+    """A decoder that is far from linear."""
+    model = make(likelihood or Gaussian(0.3), hidden=(6,))
     with torch.no_grad():
         for parameter in model.decoder.parameters():
             parameter.mul_(3.0)
-    table = model.posterior.table
-    generator = torch.Generator().manual_seed(2)
-    table.assign(2 + torch.randn(ROWS, LATENTS, generator=generator, dtype=torch.float64), "residual")
-    table.assign(torch.full((ROWS, LATENTS), -0.5, dtype=torch.float64), "log_std")
     return model.requires_grad_(False)
 
 
+def of_prior(rows, seed):
+    return torch.randn(rows, LATENTS, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
 @pytest.mark.parametrize("likelihood", [Gaussian(0.3), Gaussian("learned"), Bernoulli()])
-def test_the_linear_map_is_the_closest_one_where_the_rows_lie(likelihood):
-    model = trained(likelihood)
+def test_the_linear_map_is_the_closest_one(likelihood):
+    model = bent(likelihood)
     linear = Linearization.of(model)
-    rows, generator = torch.arange(ROWS).repeat(4000), torch.Generator().manual_seed(3)
-    mean, spread = model.posterior.mean(rows).detach(), model.posterior.log_std(rows).exp().detach()
-    z = mean + spread * torch.randn(mean.shape, generator=generator, dtype=torch.float64)
+    z = of_prior(40_000, seed=3)
     xhat = model.decoder(z).detach()
     missed = (xhat - linear.offset - z @ linear.slope.T).square().mean(0)
-    tangent_at = z.mean(0, keepdim=True)
-    tangent = torch.autograd.functional.jacobian(lambda z: model.decoder(z[None])[0], tangent_at[0])
-    by_tangent = (xhat - model.decoder(tangent_at).detach() - (z - tangent_at) @ tangent.T).square().mean(0)
+    origin = torch.zeros(1, LATENTS, dtype=torch.float64)
+    tangent = torch.autograd.functional.jacobian(lambda z: model.decoder(z[None])[0], origin[0])
+    by_tangent = (xhat - model.decoder(origin).detach() - z @ tangent.T).square().mean(0)
     best = torch.linalg.lstsq(torch.cat((torch.ones(len(z), 1).double(), z), 1), xhat)
     least = (xhat - torch.cat((torch.ones(len(z), 1).double(), z), 1) @ best.solution).square().mean(0)
     assert missed.sum() < 1.1 * least.sum() < by_tangent.sum()
@@ -104,10 +102,8 @@ def test_the_linear_map_is_the_closest_one_where_the_rows_lie(likelihood):
 
 
 def test_standard_deviations_are_those_of_the_decoders_own_slopes():
-    model = trained()
-    linear, z = Linearization.of(model), model.posterior.mean(torch.arange(ROWS)).detach()
-    z = z.repeat(300, 1)
-    z += math.exp(-0.5) * torch.randn(z.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    model = bent()
+    linear, z = Linearization.of(model), of_prior(3000, seed=4)
     slopes = torch.func.vmap(torch.func.jacrev(lambda z: model.decoder(z[None])[0]))(z).detach()  # [n, D, T]
     precision = 1 + (slopes / 0.3).square().sum(1).mean(0)
     every = torch.ones(ROWS, COLUMNS, dtype=torch.bool)
@@ -118,7 +114,7 @@ def test_standard_deviations_are_those_of_the_decoders_own_slopes():
 
 
 def test_a_bernoulli_start_raises_the_probability_of_what_is_seen():
-    model = trained(Bernoulli())
+    model = bent(Bernoulli())
     x, mask = cells()
     x = torch.where(mask, (x > 0).double(), torch.nan)
     _, p = start_of(model, x, mask)
