@@ -135,18 +135,18 @@ def test_a_row_does_not_end_below_its_linear_start(lr, worse):
 def test_rows_that_have_converged_take_no_more_steps(monkeypatch):
     monkeypatch.setattr(infer, "IMPROBABLE", math.inf)
     model = RVI(**{**MODELS[0][1], "epochs": 60, "lr": 1e-2}).fit(data(200, 13, seed=1))
-    X = data(300, 13)
+    X = data(900, 13)
     first, whole, early = (
         model.infer(X, steps=steps, stop_early=stop) for steps, stop in ((60, False), (240, False), (240, True))
     )
     done = first.converged
-    assert 0 < done.sum() < 300
+    assert 0 < done.sum() < 900
     assert torch.equal(bits(early)[done], bits(first)[done]) and early.converged[done].all()
     kept = (bits(early) == bits(first)).all(1)
     assert (early.elbo[~kept] > first.elbo[~kept]).all(), "a row that went on keeps the better of its ends"
     at_start = model.infer(X, steps=1, lr=1e-12)
     moved = ~done & (first.elbo > at_start.elbo + 1e-4)  # the others' start is the best that any descent has met
-    assert moved.sum() > 5 and kept[moved].float().mean() < 0.2
+    assert moved.sum() > 9 and kept[moved].float().mean() < 0.2
     assert early.elbo[~done].mean() > first.elbo[~done].mean()
     assert early.elbo.mean() > whole.elbo.mean() - 0.02 * (1 + whole.elbo.abs().mean())
     some = torch.cat((done.nonzero()[:5, 0], (~done).nonzero()[:5, 0])).numpy()
