@@ -21,6 +21,7 @@ from .steps import Data, DenseAdamStep, Peer, Sizes
 
 STEPS, TOLERANCE = 24, 2e-5  # of a check before a time; the largest relative difference of a loss from float64's,
 ROUNDING = 1.5  # or as many times that of eager float32, where rounding tips a selection over
+DRAWS = 2  # of the data, at most: a contestant that follows dense Adam does so with one of them
 CHECK_BATCH, CHECK_EPOCHS = 1024, 6  # rows a batch at most; a row is met in each epoch
 LONG_STEPS, LONG_ROWS, LONG_MISSING = 200, 10_000, (0.0, 0.5)
 LONG_CONTESTANTS = (OURS, APART, EAGER, JAX)

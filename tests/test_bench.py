@@ -90,6 +90,23 @@ def test_jax_trains_as_eager_does(checks, package):
         torch.testing.assert_close(ends[0][name], value, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("differences, noted", [((1.0, 0.0), False), ((1.0, 1.0), True), ((0.0,), False)])
+def test_data_on_which_rounding_tips_over_are_drawn_again(monkeypatch, differences, noted):
+    found, drawn = iter(differences), []
+    make = curves.Checks.__init__
+
+    def start(self, *given):
+        make(self, *given)
+        drawn.append(self.start.x)
+
+    monkeypatch.setattr(curves.Checks, "__init__", start)
+    monkeypatch.setattr(curves.Checks, "difference", lambda self, make: next(found))
+    notes: dict[str, str] = {}
+    race._checked(settings.DRY, [contestants.entry(EAGER)], notes, CPU, True)
+    assert bool(notes[EAGER]) is noted and len(drawn) == len(differences)
+    assert len(drawn) == 1 or not torch.equal(*drawn)
+
+
 class LazyRows(DenseAdamStep):
     """A wrong update: rows that are not in the batch stay."""
 
